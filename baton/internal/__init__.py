@@ -1,0 +1,1 @@
+"""Generated from proto/baton/internal; committed, never edited, not public."""

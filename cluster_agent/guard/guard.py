@@ -1,0 +1,419 @@
+"""The guard's rules: requests in, events out, one thread (PROTOCOL G1-G5, F3-F5, F8). The socket is in `server`.
+
+Order is safety here. The clock is read before each request and first thing after a pause, and what the clock orders is
+carried out before what the agent asks (G1). A start is on disk before its spawn (F4); a refusal or a stop is on disk, fsynced,
+before anybody hears of it (F8). An exit is told when the last process of the attempt is gone, and kept until `forget`.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import select
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from cluster_agent.core.lease import Action, Bounds, Leases, Order, Reason
+from cluster_agent.executors.base import AttemptKey, Cause, CensusEntry, Exited, Features, Phase, StartRequest
+from cluster_agent.guard import host, proctree
+from cluster_agent.guard.ledger import Ledger
+from cluster_agent.guard.meters import tree_breach
+from cluster_agent.guard.places import Places
+from cluster_agent.guard.protocol import (
+    VERSION,
+    Message,
+    entry_to_wire,
+    exit_from_wire,
+    exit_to_wire,
+    start_from_wire,
+)
+from cluster_agent.guard.workload import Spawner, Workload, needs_tree_polling, outcome, resolve
+
+MAX_WORKLOADS = 4096
+"""Running at once. Each takes four descriptors and a keeper of about 2 MiB; more would meet the host's limits unannounced."""
+
+CENSUS_CHUNK = 64
+"""Entries per census message: at the result limit such a message has 1.5 MiB."""
+
+STRAY_ROUNDS = 200
+"""Rounds of 5 ms in which processes of a murdered keeper are hunted before its attempt is reported anyway."""
+
+Emit = Callable[[Message], None]
+
+
+class Guard:
+    """State of one guard. `watch(fd, callback)` and `unwatch(fd)` are the server's."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        places: Places,
+        spawner: Spawner,
+        emit: Emit,
+        watch: Callable[[int, Callable[[], None]], None],
+        unwatch: Callable[[int], None],
+        min_free_bytes: int,
+    ) -> None:
+        self._ledger, self._places, self._spawner = ledger, places, spawner
+        self._emit, self._watch, self._unwatch = emit, watch, unwatch
+        self._min_free_bytes = min_free_bytes
+        self._leases: Leases[str] = Leases()
+        self._live: dict[str, Workload] = {}
+        self._unwritten: dict[str, tuple[str | None, bool]] = {}
+        """Tombstones a full disk would not take: key -> (refusal to tell then, stop to confirm then). Barred meanwhile."""
+        self._busy_groups: list[Workload] = []
+        self._unrecorded: dict[str, Message] = {}
+        """Exits a full disk would not take; told already, written when there is room."""
+        self._ending = False
+        self.lost_before = False
+        """An earlier guard died with work; told with the first hello."""
+
+    # --- what the clock orders -------------------------------------------------------------------------------------
+
+    def enforce(self, now: float) -> None:
+        """Send what is due."""
+        for order in self._leases.due(now):
+            self._carry_out(order)
+
+    def next_wakeup(self) -> float | None:
+        """When `enforce` is needed next."""
+        return self._leases.next_wakeup()
+
+    def tick(self, now: float) -> None:
+        """Every 100-200 ms: meters, retention, and what a full disk held up."""
+        self._measure(now)
+        self._busy_groups = [w for w in self._busy_groups if w.group is not None and not w.group.remove()]
+        if self._unwritten:
+            self._write_tombstones(list(self._unwritten))
+        for key in list(self._unrecorded):
+            with suppress(OSError):
+                self._ledger.exited(key, self._unrecorded[key])
+                del self._unrecorded[key]
+        self._places.empty_trash()
+        if not self._spawner.isolation.namespace:
+            self._reap_strays()
+
+    def sweep(self) -> None:
+        """Every minute: retention, and the ledger's reserve."""
+        self._places.sweep()
+        self._places.sweep_checkpoints({f"{w.request.key.run_uid}.{w.request.key.task}" for w in self._live.values()})
+        with suppress(OSError):
+            self._ledger.keep_reserve()
+
+    # --- what the agent asks ---------------------------------------------------------------------------------------
+
+    def hello(self, features: Features) -> Iterator[Message]:
+        """The answer to a new connection: who we are and what we know (G3)."""
+        yield {
+            "ev": "hello",
+            "version": VERSION,
+            "pid": os.getpid(),
+            "at": host.boot(),
+            "lost": self.lost_before,
+            "isolation": features.isolation,
+            "orphan_killer": features.orphan_killer,
+            "detail": features.detail,
+        }
+        self.lost_before = False
+        chunk: list[Message] = []
+        for entry in self._census():
+            chunk.append(entry_to_wire(entry))
+            if len(chunk) == CENSUS_CHUNK:
+                yield {"ev": "census", "entries": chunk}
+                chunk = []
+        yield {"ev": "census", "entries": chunk}
+        yield {"ev": "ready"}
+
+    def handle(self, message: Message, now: float) -> None:
+        """One request but start batches (`starts`). Raises KeyError, TypeError or ValueError on nonsense."""
+        match message["op"]:
+            case "configure":
+                self._leases.configure(float(message["fence"]), float(message["kill"]))
+            case "renew":
+                self._leases.renew(int(message["gen"]), float(message["sent"]), now)
+            case "adopt":
+                moved = [key for key in message["keys"] if self._leases.adopt(key, int(message["gen"]))]
+                with suppress(OSError):  # only the census of a later guard would show the older generation
+                    self._ledger.adopted(moved, int(message["gen"]))
+            case "stop":
+                self._stop([AttemptKey.parse(key).text() for key in message["keys"]], float(message["grace"]), now)
+            case "forget":
+                self._forget(message["keys"])
+            case "log":
+                self._tell_log(message)
+            case "kill_all":
+                self.end_all(Reason.STOP, now, 0.0)
+            case other:
+                raise ValueError(f"unknown request {other!r}")
+
+    def start(self, wire: Message, now: float) -> None:
+        """Spawn one attempt, or refuse it for ever."""
+        request = start_from_wire(wire)
+        key = request.key.text()
+        if key in self._live or key in self._unwritten:
+            return
+        refusal = self._refusal(request, now)
+        if refusal is None:
+            try:
+                paths = self._places.prepare(request.key, request.inputs)
+                self._ledger.started(key, request.generation, host.wall())
+            except OSError as error:
+                self._places.discard(key)
+                refusal = f"the executor's disk refused it: {error.strerror}"
+        if refusal is not None:
+            self._unwritten[key] = (refusal, False)
+            self._write_tombstones([key])
+            return
+        try:
+            program = resolve(request.argv[0], request.env, self._places.work_of(key))
+            workload = self._spawner.spawn(request, paths, program)
+        except (OSError, ValueError) as error:
+            wall = host.wall()
+            self._exited(Exited(request.key, Cause.SPAWN, None, None, wall, wall, message=str(error)))
+            return
+        self._took(workload, now)
+
+    def end_all(self, reason: Reason, now: float, grace_seconds: float) -> None:
+        """End every workload; told by events."""
+        for key in self._live:
+            self._leases.cut(key, reason, now, grace_seconds)
+        self.enforce(now)
+
+    def end(self, now: float, grace_seconds: float) -> None:
+        """This guard was told to go: nothing starts any more, what runs ends as stopped."""
+        self._ending = True
+        self.end_all(Reason.STOP, now, grace_seconds)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs."""
+        return not self._live
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _refusal(self, request: StartRequest, now: float) -> str | None:
+        if self._ledger.knows(request.key.text()):
+            return "this attempt was started, refused or stopped before"
+        if self._ending:
+            return "the guard is ending"
+        lease = self._leases.refusal(request.generation, now)
+        if lease is not None:
+            return lease
+        if request.stop_at is not None and now >= request.stop_at:
+            return "its deadline has passed"
+        if not request.argv or not request.argv[0]:
+            return "argv is empty"
+        if len(self._live) >= MAX_WORKLOADS:
+            return f"the guard runs {MAX_WORKLOADS} workloads, its limit"
+        free = self._places.free_bytes()
+        if free < self._min_free_bytes:
+            return f"the executor's disk is full: {free} bytes free, {self._min_free_bytes} needed"
+        return None
+
+    def _took(self, workload: Workload, now: float) -> None:
+        """A keeper runs: hold its timers and listen to it."""
+        key, request = workload.name, workload.request
+        self._live[key] = workload
+        self._leases.add(
+            key,
+            Bounds(
+                request.generation,
+                now,
+                request.stop_at,
+                request.timeout_seconds,
+                request.grace_seconds,
+                request.keep_at_fence,
+            ),
+        )
+        process = proctree.read(workload.keeper_pid)
+        with suppress(OSError):  # without the record only the keepers' lock proves its death to a later guard
+            self._ledger.kept(key, workload.keeper_pid, process.start_ticks if process is not None else 0)
+        self._watch(workload.status_fd, lambda: self._heard(workload))
+        self._watch(workload.pidfd, lambda: self._buried(workload))
+
+    def _heard(self, workload: Workload) -> None:
+        pid = workload.hear()
+        if workload.wait_status is not None or workload.failure:
+            self._unwatch(workload.status_fd)
+        if pid is not None:
+            self._emit({"ev": "started", "key": workload.name, "pid": pid, "wall": workload.start_wall})
+            if workload.owed_term:
+                workload.signal_keeper(signal.SIGTERM)
+
+    def _buried(self, workload: Workload) -> None:
+        """The keeper is dead, and with it everything (see keeper.py)."""
+        key = workload.name
+        os.waitpid(workload.keeper_pid, 0)
+        self._unwatch(workload.pidfd)
+        self._unwatch(workload.status_fd)
+        self._heard(workload)
+        self._unwatch(workload.status_fd)
+        if workload.wait_status is None:
+            workload.salvage_output()
+            if not self._spawner.isolation.namespace:
+                self._hunt_strays()
+        reason = self._leases.reason(key)
+        late = self._leases.remove(key, host.boot())
+        exited = outcome(workload, reason, late, self._places)
+        workload.close()
+        del self._live[key]
+        if workload.group is not None and not workload.group.remove():
+            self._busy_groups.append(workload)
+        self._exited(exited)
+        if workload.confirm_stop:
+            self._emit({"ev": "stopped", "keys": [key]})
+
+    def _exited(self, exited: Exited) -> None:
+        key, wire = exited.key.text(), exit_to_wire(exited)
+        self._places.finished(key)
+        try:
+            self._ledger.exited(key, wire)
+        except OSError:
+            self._unrecorded[key] = wire
+        self._emit({"ev": "exited", "exit": wire})
+
+    def _carry_out(self, order: Order[str]) -> None:
+        workload = self._live.get(order.key)
+        if workload is None:
+            return
+        first = workload.phase is not Phase.STOPPING
+        if order.action is Action.KILL:
+            namespace = self._spawner.isolation.namespace
+            workload.signal_keeper(signal.SIGKILL if namespace else signal.SIGUSR2)
+        elif workload.phase is Phase.STARTING:
+            workload.owed_term = True
+        elif first:
+            workload.signal_keeper(signal.SIGTERM)
+        workload.phase = Phase.STOPPING
+
+    def _stop(self, keys: list[str], grace: float, now: float) -> None:
+        for key in keys:
+            refusal = self._unwritten.get(key, (None, False))[0]
+            self._unwritten[key] = (refusal, key not in self._live)
+            if key in self._live:
+                self._leases.cut(key, Reason.STOP, now, grace)
+                self._live[key].confirm_stop = True
+        self._write_tombstones(keys)
+        self.enforce(now)
+
+    def _write_tombstones(self, keys: list[str]) -> None:
+        """One fsync for all; what waits for it is told after it, or stays barred until a later tick succeeds."""
+        try:
+            self._ledger.tombstone(keys)
+        except OSError:
+            return
+        stopped = []
+        for key in keys:
+            refusal, confirm = self._unwritten.pop(key, (None, False))
+            if refusal is not None:
+                self._emit({"ev": "refused", "key": key, "reason": refusal})
+            if confirm:
+                stopped.append(key)
+        if stopped:
+            self._emit({"ev": "stopped", "keys": stopped})
+
+    def _forget(self, keys: Iterable[str]) -> None:
+        done = [key for key in keys if key not in self._live]
+        with suppress(OSError):  # the agent forgets again after its next census
+            self._ledger.forget(done)
+        for key in done:
+            self._unrecorded.pop(key, None)
+            self._places.discard(key)
+
+    def _tell_log(self, message: Message) -> None:
+        key = AttemptKey.parse(message["key"]).text()
+        data, at_end = self._places.read_log(key, int(message["offset"]), int(message["limit"]))
+        complete = at_end and key not in self._live
+        text = base64.b64encode(data).decode()
+        self._emit({"ev": "log", "id": message["id"], "data": text, "complete": complete})
+
+    def _census(self) -> Iterator[CensusEntry]:
+        for key, workload in self._live.items():
+            generation = self._leases.generation(key)
+            yield CensusEntry(workload.request.key, generation if generation is not None else 0, workload.phase)
+        for key, (generation, wire) in self._ledger.exits.items():
+            exited = exit_from_wire(wire)
+            yield CensusEntry(exited.key, generation, Phase.EXITED, exited)
+        for key, wire in self._unrecorded.items():
+            exited = exit_from_wire(wire)
+            yield CensusEntry(exited.key, self._ledger.started_keys[key].generation, Phase.EXITED, exited)
+        for key in self._ledger.tombstones:
+            if key not in self._live and key not in self._ledger.exits and key not in self._unrecorded:
+                yield CensusEntry(AttemptKey.parse(key), 0, Phase.TOMBSTONED)
+
+    def _measure(self, now: float) -> None:
+        """Find workloads over limits that the kernel does not hold for us."""
+        found = self._spawner.groups.found
+        polled = [w for w in self._live.values() if needs_tree_polling(w.request.limits, found)]
+        processes = proctree.everything() if polled else {}
+        for workload in polled:
+            self._over(workload, tree_breach(workload.request.limits, workload.keeper_pid, processes), now)
+        for workload in list(self._live.values()):
+            limit = workload.request.limits.disk_bytes
+            if workload.meter is not None and workload.meter.step() > limit:
+                used = workload.meter.used_bytes
+                self._over(workload, f"it uses {used} bytes of disk, over its limit of {limit} bytes", now)
+
+    def _over(self, workload: Workload, breach: str, now: float) -> None:
+        if breach and self._leases.reason(workload.name) is None:
+            workload.breach = breach
+            self._leases.cut(workload.name, Reason.LIMIT, now, 0.0)
+            self.enforce(now)
+
+    def _hunt_strays(self) -> None:
+        """Without namespaces: orphans of a keeper that somebody killed have become our children; kill them all."""
+        for _ in range(STRAY_ROUNDS):
+            processes = proctree.everything()
+            ours = {w.keeper_pid for w in self._live.values()} | {self._places.janitor}
+            kept = {p.pid for root in ours for p in proctree.descendants(root, processes)} | ours
+            strays = [p for p in proctree.descendants(os.getpid(), processes) if p.pid not in kept]
+            if not strays:
+                return
+            for stray in strays:
+                with suppress(ProcessLookupError):
+                    os.kill(stray.pid, signal.SIGKILL)
+            select.select([], [], [], 0.005)
+            self._reap_strays()
+
+    def _reap_strays(self) -> None:
+        """Collect dead children that are neither keepers nor the janitor."""
+        ours = {workload.keeper_pid for workload in self._live.values()} | {self._places.janitor}
+        with suppress(ChildProcessError):
+            while (dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                if dead.si_pid in ours:
+                    return
+                os.waitpid(dead.si_pid, os.WNOHANG)
+
+
+def bury_predecessor(ledger: Ledger, keepers_gone: Callable[[], bool], timeout_seconds: float) -> list[str]:
+    """Wait until everything an earlier guard ran is dead, then record it as LOST (F4). Returns the keys.
+
+    Raises TimeoutError when something is still alive: then nothing may be said about it, and nothing served.
+    """
+    deadline = host.boot() + timeout_seconds
+    while ledger.same_boot:
+        alive = [
+            f"{key} (keeper {record.keeper_pid})"
+            for key, record in ledger.started_keys.items()
+            if record.keeper_pid and proctree.alive(record.keeper_pid, record.keeper_ticks)
+        ]
+        if not alive and keepers_gone():
+            break
+        if host.boot() > deadline:
+            raise TimeoutError(f"work of an earlier guard is still alive: {', '.join(alive) or 'unknown keepers'}")
+        select.select([], [], [], 0.01)
+    lost = list(ledger.started_keys)
+    words = "the guard died with it" if ledger.same_boot else "the host was booted again"
+    for key in lost:
+        started = ledger.started_keys[key].wall
+        exited = Exited(AttemptKey.parse(key), Cause.LOST, None, None, started, host.wall(), message=words)
+        ledger.exited(key, exit_to_wire(exited))
+    return lost
+
+
+def private_directory(path: Path) -> Path:
+    """`path`, made if need be, readable by this user only. Raises OSError."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path.resolve()

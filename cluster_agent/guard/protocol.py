@@ -1,0 +1,169 @@
+"""The words between an agent and its guard: batches as JSON objects, each behind a four-byte length, on a Unix stream socket.
+
+The guard's socket lies in its directory; a path over 107 bytes does not fit a socket address, so both ends go through
+`/proc/self/fd/N` of the open directory. Agent to guard: `{"op": ...}`; guard to agent: `{"ev": ...}`. Both ends come from one
+installation, but not from one moment: a guard outlives upgrades of its agent, so VERSION is checked at hello and unknown
+fields are ignored.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from cluster_agent.executors.base import AttemptKey, CensusEntry, Cause, Exited, Limits, Phase, StartRequest
+
+VERSION = 1
+"""Raised when an old guard would misread a new agent; such a guard is left to end its work and is then replaced."""
+
+MAX_FRAME = 16 << 20
+"""Bytes of one message. Larger than any legal start (64 KiB of arguments, 32 KiB of environment, inputs); smaller would
+refuse wide joins, larger would let one broken peer take the guard's memory."""
+
+SOCKET = "guard.sock"
+LOCK = "guard.lock"
+"""Held (flock) by the living guard for all its life: single instance, and the proof of its death."""
+KEEPERS = "keepers.lock"
+"""Held (flock, shared) by every keeper: a new guard serves only when all of the old one's are gone."""
+
+_LENGTH = struct.Struct(">I")
+
+Message = dict[str, Any]
+
+
+class ProtocolError(Exception):
+    """The other end does not speak this protocol."""
+
+
+def encode(message: Message) -> bytes:
+    """One frame. Raises ProtocolError when it is too large."""
+    body = json.dumps(message, separators=(",", ":")).encode()
+    if len(body) > MAX_FRAME:
+        raise ProtocolError(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME}")
+    return _LENGTH.pack(len(body)) + body
+
+
+class Frames:
+    """Cuts a byte stream into messages."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """Messages completed by `data`. Raises ProtocolError on an oversized or unreadable frame."""
+        self._buffer += data
+        while len(self._buffer) >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(self._buffer)
+            if size > MAX_FRAME:
+                raise ProtocolError(f"a frame of {size} bytes is over the limit of {MAX_FRAME}")
+            end = _LENGTH.size + size
+            if len(self._buffer) < end:
+                return
+            body = bytes(self._buffer[_LENGTH.size : end])
+            del self._buffer[:end]
+            try:
+                message = json.loads(body)
+            except ValueError as error:
+                raise ProtocolError(f"unreadable frame: {error}") from None
+            if not isinstance(message, dict):
+                raise ProtocolError("a frame must be a JSON object")
+            yield message
+
+
+class SocketDirectory:
+    """An address of the guard's socket that is short, however deep the directory lies."""
+
+    def __init__(self, directory: Path) -> None:
+        self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    @property
+    def address(self) -> str:
+        """Valid in this process while this object is open."""
+        return f"/proc/self/fd/{self._fd}/{SOCKET}"
+
+    def close(self) -> None:
+        """Give the directory back."""
+        os.close(self._fd)
+
+
+def start_to_wire(request: StartRequest) -> Message:
+    """A StartRequest as JSON."""
+    return {
+        "key": request.key.text(),
+        "gen": request.generation,
+        "argv": list(request.argv),
+        "env": dict(request.env),
+        "limits": {field.name: getattr(request.limits, field.name) for field in fields(Limits)},
+        "stop_at": request.stop_at,
+        "timeout": request.timeout_seconds,
+        "grace": request.grace_seconds,
+        "keep": request.keep_at_fence,
+        "inputs": base64.b64encode(request.inputs).decode(),
+    }
+
+
+def start_from_wire(wire: Message) -> StartRequest:
+    """Inverse of `start_to_wire`. Raises ValueError, KeyError or TypeError on nonsense."""
+    known = {field.name for field in fields(Limits)}
+    return StartRequest(
+        key=AttemptKey.parse(wire["key"]),
+        generation=int(wire["gen"]),
+        argv=tuple(str(arg) for arg in wire["argv"]),
+        env={str(name): str(value) for name, value in wire["env"].items()},
+        limits=Limits(**{name: int(value) for name, value in wire["limits"].items() if name in known}),
+        stop_at=wire["stop_at"],
+        timeout_seconds=wire["timeout"],
+        grace_seconds=float(wire["grace"]),
+        keep_at_fence=bool(wire["keep"]),
+        inputs=base64.b64decode(wire["inputs"]),
+    )
+
+
+def exit_to_wire(exited: Exited) -> Message:
+    """An Exited as JSON; also how the ledger keeps it."""
+    return {
+        "key": exited.key.text(),
+        "cause": exited.cause.value,
+        "code": exited.exit_code,
+        "signal": exited.signal,
+        "from": exited.start_wall,
+        "to": exited.end_wall,
+        "result": base64.b64encode(exited.result).decode(),
+        "message": exited.message,
+        "late": exited.late,
+    }
+
+
+def exit_from_wire(wire: Message) -> Exited:
+    """Inverse of `exit_to_wire`."""
+    return Exited(
+        key=AttemptKey.parse(wire["key"]),
+        cause=Cause(wire["cause"]),
+        exit_code=wire["code"],
+        signal=wire["signal"],
+        start_wall=wire["from"],
+        end_wall=wire["to"],
+        result=base64.b64decode(wire["result"]),
+        message=wire["message"],
+        late=wire["late"],
+    )
+
+
+def entry_to_wire(entry: CensusEntry) -> Message:
+    """A CensusEntry as JSON."""
+    wire: Message = {"key": entry.key.text(), "gen": entry.generation, "phase": entry.phase.value}
+    if entry.exited is not None:
+        wire["exited"] = exit_to_wire(entry.exited)
+    return wire
+
+
+def entry_from_wire(wire: Message) -> CensusEntry:
+    """Inverse of `entry_to_wire`."""
+    exited = exit_from_wire(wire["exited"]) if "exited" in wire else None
+    return CensusEntry(AttemptKey.parse(wire["key"]), wire["gen"], Phase(wire["phase"]), exited)

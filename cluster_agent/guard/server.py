@@ -1,0 +1,208 @@
+"""The guard's loop: one epoll for the agent's socket, the keepers' pipes and their pidfds. One agent at a time.
+
+A new connection closes the old one at once; what was not read from it is void, and only then is the census taken (G3). An
+agent that does not read (it may be stopped) costs a bounded buffer: past it the connection is closed, and the agent learns all
+from the census when it is back, since exits are kept.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from cluster_agent.executors.base import Features
+from cluster_agent.guard import host
+from cluster_agent.guard.guard import Guard
+from cluster_agent.guard.ledger import Ledger
+from cluster_agent.guard.places import Places
+from cluster_agent.guard.protocol import SOCKET, Frames, Message, ProtocolError, SocketDirectory, encode
+from cluster_agent.guard.workload import Spawner
+
+TICK_SECONDS = 0.15
+"""Between signs of life (the agent's heartbeats wait for one, G2). Smaller burns an idle host; larger delays heartbeats."""
+
+SWEEP_SECONDS = 60.0
+"""Between looks at retention."""
+
+MAX_UNSENT = 32 << 20
+"""Events an agent left unread, beside its census. A stopped agent reaches it after some hundred thousand exits."""
+
+END_GRACE_SECONDS = 5.0
+"""What workloads get between TERM and KILL when the guard itself is told to end; service managers wait longer than this."""
+
+READ_BYTES = 1 << 18
+
+
+class Server:
+    """Runs until `end` was asked for (SIGTERM) and nothing is left."""
+
+    def __init__(
+        self, directory: Path, ledger: Ledger, places: Places, spawner: Spawner, features: Features, min_free_bytes: int
+    ) -> None:
+        self._features = features
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._listener = _listen(directory)
+        self._connection: socket.socket | None = None
+        self._frames = Frames()
+        self._unsent = bytearray()
+        self._unsent_limit = MAX_UNSENT
+        self._ticked = self._swept = 0.0
+        self._end_asked = False
+        self.guard = Guard(ledger, places, spawner, self._send, self._watch, self._unwatch, min_free_bytes)
+
+    def run(self) -> None:
+        """The loop."""
+        signals, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: self._ask_end())
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self._watch(signals, lambda: self._swallow(signals))
+        self._watch(self._listener.fileno(), self._accept)
+        ending = False
+        while not (ending and self.guard.idle):
+            ready = self._epoll.poll(self._patience())
+            self._breathe()
+            if self._end_asked and not ending:
+                ending = True
+                self.guard.end(host.boot(), END_GRACE_SECONDS)
+            for fd, _event in ready:
+                callback = self._callbacks.get(fd)
+                if callback is not None:
+                    callback()
+            self._flush()
+        self._flush()
+        if self._connection is not None:
+            self._connection.close()
+
+    def _patience(self) -> float:
+        """Seconds until the next tick or order."""
+        now = host.boot()
+        at = self._ticked + TICK_SECONDS
+        wakeup = self.guard.next_wakeup()
+        return max(0.0, (at if wakeup is None else min(at, wakeup)) - now)
+
+    def _breathe(self) -> float:
+        """Read the clock and do what it orders; returns the time. First thing after each pause, and between requests."""
+        now = host.boot()
+        wakeup = self.guard.next_wakeup()
+        if wakeup is not None and wakeup <= now:
+            self.guard.enforce(now)
+        if now - self._ticked >= TICK_SECONDS:
+            self._ticked = now
+            self.guard.tick(now)
+            if self._connection is not None and not self._unsent:  # an agent that does not read needs no more of them
+                self._send({"ev": "tick", "at": now})
+                self._flush()
+        if now - self._swept >= SWEEP_SECONDS:
+            self._swept = now
+            self.guard.sweep()
+        return now
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        connection.setblocking(False)
+        self._drop(superseded=True)
+        self._connection = connection
+        self._frames, self._unsent, self._unsent_limit = Frames(), bytearray(), MAX_UNSENT
+        for message in self.guard.hello(self._features):
+            self._unsent += encode(message)
+        self._unsent_limit += len(self._unsent)
+        self._watch(connection.fileno(), self._converse)
+
+    def _converse(self) -> None:
+        """Read once and answer all of it; errors of the other end cost it the connection, never us our life."""
+        connection = self._connection
+        if connection is None:
+            return
+        try:
+            data = connection.recv(READ_BYTES)
+            if not data:
+                raise ConnectionResetError("the agent left")
+            for message in self._frames.feed(data):
+                self._serve(message)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            self._drop()
+        except (ProtocolError, KeyError, TypeError, ValueError) as error:
+            print(f"guard: request refused, connection closed: {error!r}", file=sys.stderr, flush=True)
+            self._drop()
+
+    def _serve(self, message: Message) -> None:
+        now = self._breathe()
+        if message["op"] != "start":
+            self.guard.handle(message, now)
+            return
+        for wire in message["requests"]:
+            self.guard.start(wire, self._breathe())
+
+    def _send(self, message: Message) -> None:
+        if self._connection is None:
+            return
+        self._unsent += encode(message)
+        if len(self._unsent) > self._unsent_limit:
+            self._drop()
+
+    def _flush(self) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        try:
+            while self._unsent:
+                sent = connection.send(self._unsent[:READ_BYTES])
+                del self._unsent[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._drop()
+            return
+        wanted = select.EPOLLIN | (select.EPOLLOUT if self._unsent else 0)
+        self._epoll.modify(connection.fileno(), wanted)
+
+    def _drop(self, *, superseded: bool = False) -> None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        self._unwatch(connection.fileno())
+        if superseded:
+            with suppress(OSError):
+                connection.send(encode({"ev": "superseded"}))
+        connection.close()
+        self._unsent = bytearray()
+
+    def _watch(self, fd: int, callback: Callable[[], None]) -> None:
+        self._callbacks[fd] = callback
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def _unwatch(self, fd: int) -> None:
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def _ask_end(self) -> None:
+        self._end_asked = True
+
+    @staticmethod
+    def _swallow(fd: int) -> None:
+        with suppress(BlockingIOError):
+            os.read(fd, 512)
+
+
+def _listen(directory: Path) -> socket.socket:
+    """A fresh socket in the directory; the lock is ours, so an old one is a dead guard's."""
+    (directory / SOCKET).unlink(missing_ok=True)
+    place = SocketDirectory(directory)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(place.address)
+    os.chmod(directory / SOCKET, 0o600)
+    listener.listen(8)
+    listener.setblocking(False)
+    place.close()
+    return listener

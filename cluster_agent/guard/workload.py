@@ -1,0 +1,216 @@
+"""One running attempt as the guard holds it: how it is spawned, what its keeper said, and how it ended."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster_agent.core.lease import Reason
+from cluster_agent.executors.base import Cause, Exited, Limits, Phase, StartRequest
+from cluster_agent.guard import host, keeper, proctree
+from cluster_agent.guard.cgroups import Group, Groups
+from cluster_agent.guard.isolation import Isolation
+from cluster_agent.guard.meters import DiskMeter
+from cluster_agent.guard.places import Places
+
+RLIMIT_SLACK = 2
+"""Where no cgroup counts memory, a process may map this many times its limit: polling of resident memory finds the breach
+and names it, the rlimit only stops what is faster than polling. 1 would fail programs that reserve more than they use."""
+
+
+@dataclass(slots=True)
+class Workload:
+    """A spawned attempt; descriptors are owned and closed by `close`."""
+
+    request: StartRequest
+    keeper_pid: int
+    pidfd: int
+    status_fd: int
+    output_fd: int
+    log_fd: int
+    group: Group | None
+    meter: DiskMeter | None
+    start_wall: float
+    phase: Phase = Phase.STARTING
+    owed_term: bool = False
+    """A TERM was ordered before there was a process to get it."""
+    confirm_stop: bool = False
+    breach: str = ""
+    failure: str = ""
+    wait_status: int | None = None
+    heard: bytearray = field(default_factory=bytearray)
+
+    @property
+    def name(self) -> str:
+        """The key as text."""
+        return self.request.key.text()
+
+    def hear(self) -> int | None:
+        """Read what the keeper said; returns the workload's pid when it was just started."""
+        with suppress(BlockingIOError):
+            while part := os.read(self.status_fd, 4096):
+                self.heard += part
+        started = None
+        while (end := self.heard.find(b"\n")) >= 0:
+            word, _, rest = self.heard[:end].decode("utf-8", "replace").partition(" ")
+            del self.heard[: end + 1]
+            if word == "started":
+                started = int(rest)
+                self.phase = Phase.STOPPING if self.phase is Phase.STOPPING else Phase.RUNNING
+            elif word == "failed":
+                self.failure = rest
+            elif word == "exit":
+                self.wait_status = int(rest)
+        return started
+
+    def signal_keeper(self, number: signal.Signals) -> None:
+        """To the keeper, whose zombie cannot be mistaken for another process: it is our child."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def salvage_output(self) -> None:
+        """What a killed keeper left in the pipe."""
+        os.set_blocking(self.output_fd, False)
+        with suppress(OSError):
+            data = os.read(self.output_fd, 65_536)
+            cap = self.request.limits.output_bytes
+            room = cap - os.fstat(self.log_fd).st_size
+            if not cap or len(data) <= room:
+                os.write(self.log_fd, data)
+            elif room > 0:
+                os.write(self.log_fd, data[:room] + keeper.dropped_marker(cap))
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        for fd in (self.pidfd, self.status_fd, self.output_fd, self.log_fd):
+            os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Spawner:
+    """Makes workloads."""
+
+    places: Places
+    groups: Groups
+    isolation: Isolation
+    lives_fd: int
+    """Read end of the pipe that ends with the guard."""
+    lock_fd: int
+    """Open on the keepers' lock."""
+
+    def spawn(self, request: StartRequest, paths: Mapping[str, str], program: str) -> Workload:
+        """Fork the keeper, which starts `program`. Raises OSError."""
+        name, limits = request.key.text(), request.limits
+        group = self.groups.make(name, limits)
+        status_read, status_write = os.pipe2(os.O_CLOEXEC)
+        output_read, output_write = os.pipe2(os.O_CLOEXEC)
+        try:
+            log = self.places.open_log(name)
+            pipes = keeper.Pipes(status_write, output_read, output_write, log, self.lives_fd, self.lock_fd)
+            plan = self._plan(request, {**request.env, **paths}, program, group)
+            start_wall = host.wall()
+            pid = host.fork_into(self.isolation.flags)
+            if pid == 0:
+                keeper.run(plan, pipes)
+        except OSError:
+            for fd in (status_read, output_read):
+                os.close(fd)
+            if group is not None:
+                group.remove()
+            raise
+        finally:
+            os.close(status_write)
+            os.close(output_write)
+        os.set_blocking(status_read, False)
+        meter = DiskMeter(self.places.work_of(name)) if limits.disk_bytes else None
+        pidfd = os.pidfd_open(pid)
+        return Workload(request, pid, pidfd, status_read, output_read, log, group, meter, start_wall)
+
+    def _plan(self, request: StartRequest, env: dict[str, str], program: str, group: Group | None) -> keeper.Plan:
+        limits, found = request.limits, self.groups.found
+        processes = limits.processes if "pids" not in found else 0
+        return keeper.Plan(
+            program=program,
+            argv=request.argv,
+            env=env,
+            directory=str(self.places.work_of(request.key.text())),
+            cgroup_files=group.procs_files() if group is not None else (),
+            file_bytes=limits.disk_bytes,
+            memory_bytes=RLIMIT_SLACK * limits.memory_bytes if "memory" not in found else 0,
+            processes=_own_processes() + processes if processes else 0,
+            output_bytes=limits.output_bytes,
+            namespace=self.isolation.namespace,
+            own_proc=self.isolation.own_proc,
+        )
+
+
+def resolve(argv0: str, env: Mapping[str, str], directory: Path) -> str:
+    """The program's path, by the workload's own PATH. Raises FileNotFoundError naming what was looked for, and where."""
+    if "/" in argv0:
+        path = os.path.join(directory, argv0)
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"program {argv0!r} does not exist")
+        return path
+    search = env.get("PATH", os.defpath)
+    found = shutil.which(argv0, path=search)
+    if found is None:
+        raise FileNotFoundError(f"program {argv0!r} was not found on PATH {search!r}")
+    return found
+
+
+def outcome(workload: Workload, reason: Reason | None, late: bool, places: Places) -> Exited:
+    """How a workload whose last process is gone has ended."""
+    status = workload.wait_status
+    code = os.waitstatus_to_exitcode(status) if status is not None else -signal.SIGKILL
+    exit_code, number = (code, None) if code >= 0 else (None, -code)
+    cause, message, result = Cause.EXIT, "", b""
+    if workload.failure:
+        cause, message, exit_code, number = Cause.SPAWN, workload.failure, None, None
+    elif reason is not None:
+        cause, message = Cause(reason.value), workload.breach
+    elif status is None:
+        cause, message = Cause.LOST, "its keeper was killed from outside the guard"
+    elif code != 0:
+        message = _breach(workload, number)
+        cause = Cause.LIMIT if message else Cause.EXIT
+    else:
+        result, message = places.read_result(workload.name, workload.request.limits.result_bytes)
+        cause = Cause.RESULT if message else Cause.EXIT
+    return Exited(
+        key=workload.request.key,
+        cause=cause,
+        exit_code=exit_code,
+        signal=number,
+        start_wall=workload.start_wall,
+        end_wall=host.wall(),
+        result=result,
+        message=message,
+        late=late,
+    )
+
+
+def _breach(workload: Workload, number: int | None) -> str:
+    """The limit behind a failure, in words; empty when there was none."""
+    limits = workload.request.limits
+    if number == signal.SIGXFSZ:
+        return f"wrote a file over its disk limit of {limits.disk_bytes} bytes"
+    return workload.group.breach() if workload.group is not None else ""
+
+
+def needs_tree_polling(limits: Limits, found: tuple[str, ...]) -> bool:
+    """Whether memory or processes of this workload are limited by looking, for want of a cgroup."""
+    return bool((limits.memory_bytes and "memory" not in found) or (limits.processes and "pids" not in found))
+
+
+def _own_processes() -> int:
+    """Processes of this user now: RLIMIT_NPROC counts all of them, not just the workload's."""
+    uid, count = os.getuid(), 0
+    for pid in proctree.everything():
+        with suppress(OSError):
+            count += os.stat(f"/proc/{pid}").st_uid == uid
+    return count

@@ -1,0 +1,147 @@
+"""Between the core's values and the agent protocol (`baton.v1.agent`): pure translation, no decisions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from baton.v1 import agent_pb2 as pb
+from baton.v1 import graph_pb2
+from control_plane.controller import OwnedShard
+from control_plane.core.commands import Finish, Held, TakeReports
+from control_plane.core.model import AttemptId, Outcome, TaskSpec
+from control_plane.core.views import DispatchView
+
+
+def ref(attempt: AttemptId) -> pb.AttemptRef:
+    """An attempt's identity on the wire."""
+    return pb.AttemptRef(run_uid=attempt.run, task=attempt.task, n=attempt.n, nonce=attempt.nonce)
+
+
+def attempt_id(message: pb.AttemptRef) -> AttemptId:
+    """Inverse of `ref`."""
+    return AttemptId(message.run_uid, message.task, message.n, message.nonce)
+
+
+def epoch(shard: OwnedShard) -> pb.ShardEpoch:
+    """The fence of the shard's owner (PROTOCOL J12)."""
+    return pb.ShardEpoch(incarnation=shard.incarnation, revision=shard.epoch_revision)
+
+
+def header(shard: OwnedShard) -> dict[str, Any]:
+    """The fields every owner's message starts with: shard, epoch, mark."""
+    mark = pb.ShardMark(shard=shard.id, incarnation=shard.incarnation, seq=shard.seq, nonce=shard.nonce)
+    return {"shard": shard.id, "epoch": epoch(shard), "mark": mark}
+
+
+def held(inventory: pb.ShardInventory) -> tuple[Held, ...]:
+    """Rows of a columnar inventory. Columns of unequal length are cut to the shortest."""
+    columns = zip(
+        inventory.run, inventory.task, inventory.n, inventory.nonce, inventory.generation, inventory.phase, strict=False
+    )
+    uids = inventory.run_uids
+    return tuple(
+        Held(AttemptId(uids[run], task, n, nonce), generation, int(phase))
+        for run, task, n, nonce, generation, phase in columns
+        if 0 <= run < len(uids)
+    )
+
+
+def reports_command(cluster: str, generation: int, reports: Iterable[pb.Reports]) -> TakeReports:
+    """Several messages of one link as one command, in order."""
+    started: list[tuple[AttemptId, float]] = []
+    finished: list[Finish] = []
+    rejected: list[tuple[AttemptId, str]] = []
+    stopped: list[AttemptId] = []
+    for report in reports:
+        started += [(attempt_id(s.attempt), s.start_wall_ms / 1000) for s in report.started]
+        finished += [finish(f) for f in report.finished]
+        rejected += [(attempt_id(r.attempt), r.reason[:200]) for r in report.rejected]
+        stopped += [attempt_id(s) for s in report.stopped]
+    return TakeReports(cluster, generation, tuple(started), tuple(finished), tuple(rejected), tuple(stopped))
+
+
+def finish(message: pb.FinishedReport) -> Finish:
+    """An attempt's end. An outcome this version does not know counts as lost: dead, nothing accepted."""
+    known = message.outcome in Outcome.__members__.values()
+    return Finish(
+        attempt=attempt_id(message.attempt),
+        outcome=Outcome(message.outcome) if known else Outcome.LOST,
+        exit_code=message.exit_code if message.HasField("exit_code") else None,
+        result=message.result,
+        message=message.message[:500],
+        start=message.start_wall_ms / 1000,
+        end=message.end_wall_ms / 1000,
+    )
+
+
+def resources(spec: TaskSpec) -> graph_pb2.Resources:
+    """Resources on the wire."""
+    of = spec.resources
+    return graph_pb2.Resources(
+        cpu_millis=of.cpu_millis,
+        memory_bytes=of.memory_bytes,
+        disk_bytes=of.disk_bytes,
+        processes=of.processes,
+        extended=dict(of.extended),
+    )
+
+
+def template(spec: TaskSpec, keep_at_fence: bool) -> pb.DispatchTemplate:
+    """What equal attempts share."""
+    return pb.DispatchTemplate(
+        process=graph_pb2.ProcessTask(argv=spec.argv, env=dict(spec.env)),
+        resources=resources(spec),
+        timeout_ms=int(spec.timeout * 1000),
+        grace_ms=int(spec.grace * 1000),
+        keep_at_fence=keep_at_fence,
+    )
+
+
+class DispatchWriter:
+    """Builds one Dispatches message, sharing templates."""
+
+    def __init__(self, shard: OwnedShard, generation: int) -> None:
+        self._shard = shard
+        self._message = pb.Dispatches(**header(shard), generation=generation)
+        self._templates: dict[tuple[int, bool], int] = {}
+        self.attempts: list[AttemptId] = []
+        self.bytes = 0
+
+    @property
+    def count(self) -> int:
+        """Attempts so far."""
+        return len(self.attempts)
+
+    def add(self, attempt: AttemptId, view: DispatchView) -> None:
+        """One more attempt."""
+        # Specs are interned per run (DESIGN 13), so identity is equality here, and they live as long as this message.
+        shared = (id(view.spec), view.keep_at_fence)
+        index = self._templates.get(shared)
+        if index is None:
+            index = self._templates[shared] = len(self._message.templates)
+            self._message.templates.append(template(view.spec, view.keep_at_fence))
+            self.bytes += self._message.templates[-1].ByteSize()
+        inputs = b""
+        if view.inputs:
+            inputs = json.dumps({k: v.decode("utf-8", "replace") for k, v in view.inputs.items()}).encode()
+        self._message.dispatches.append(
+            pb.Dispatch(
+                attempt=ref(attempt),
+                template=index,
+                task_id=view.task_id,
+                run=f"namespaces/{view.namespace}/runs/{view.run_id}",
+                fence=f"{self._shard.incarnation}.{attempt.n}",
+                deadline_wall_ms=int(view.deadline * 1000),
+                inputs=inputs,
+                traceparent=view.traceparent,
+            )
+        )
+        self.bytes += 200 + len(inputs)
+        self.attempts.append(attempt)
+
+    def message(self, number: int) -> pb.Dispatches:
+        """The message under its dispatch number."""
+        self._message.dispatch_no = number
+        return self._message

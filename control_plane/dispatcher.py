@@ -1,0 +1,290 @@
+"""Carries committed decisions to agents and agents' reports into the journal: the owner's side of a session (PROTOCOL J7, F3, F8).
+
+Theory. Every effect is derived from committed state, per (shard, cluster) *link*. A link exists once the agent's inventory of the
+current stream was journaled; then whatever is live there in that generation and not held by the agent is dispatched, and every
+outstanding stop is sent. From then on commits only add hints (the outbox), and silence is answered by sending again:
+
+* dispatches are numbered per link; those without a receipt after RESEND seconds are sent again if still live;
+* stops are sent again until they are confirmed;
+* reports are acknowledged after the commit that settled them, whether they were accepted, refused or known.
+
+All of it is idempotent at the agent. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+
+from baton.clock import Clock
+from baton.internal import peer_pb2 as peer
+from baton.v1 import agent_pb2 as pb
+from control_plane import agent_codec as codec
+from control_plane.controller import Controller, OwnedShard
+from control_plane.core.commands import InventoryVerdict, Outbox, TakeInventory
+from control_plane.core.model import FLEET, AttemptId
+from control_plane.core.shard import RunShard
+from control_plane.peers import CallContext, Calls
+from control_plane.refusals import NotOwned, OutcomeUnknown, StoreDown
+from control_plane.router import Router
+from control_plane.session_calls import INVENTORY
+from control_plane.view import View
+
+log = logging.getLogger(__name__)
+
+RESEND = 2.0
+"""Seconds of silence before a dispatch or stop is sent again. Too small: doubled traffic on slow links; too large: a lost
+message costs that much of a task's time."""
+
+DISPATCH_BATCH = 500
+"""Attempts per message: about 100 KiB of small tasks, far under gRPC's 4 MiB limit even with 6 KiB of arguments each."""
+
+DISPATCH_BYTES = 1 << 20
+"""Bytes per message; a task's arguments, environment and inputs may be 64 + 32 KiB and its parents' results."""
+
+REPORTS_QUEUE = 1000
+"""Report messages of one link waiting for their shard. Beyond it they are dropped and the agent sends them again (J7)."""
+
+COMMIT_TIMEOUT = 30.0
+"""Seconds to wait for reports to be journaled before giving the agent no answer."""
+
+
+@dataclass(slots=True)
+class Link:
+    """One shard's tie to one cluster's current stream."""
+
+    cluster: str
+    replica: str
+    stream: str
+    generation: int
+    next_no: int = 1
+    received: int = 0
+    unreceived: dict[int, tuple[float, tuple[AttemptId, ...]]] = field(default_factory=dict)
+    """Dispatch number -> (boot time sent, attempts)."""
+    numbered: dict[AttemptId, int] = field(default_factory=dict)
+    """Attempts by the dispatch that carried them, until a capacity report includes it (C4)."""
+    stops_sent: dict[AttemptId, float] = field(default_factory=dict)
+
+
+class Dispatcher:
+    """Links of all run shards this replica owns. A `controller.Listener`."""
+
+    def __init__(self, controller: Controller, router: Router, calls: Calls, view: View, clock: Clock, federation: str) -> None:
+        self._controller, self._router, self._view, self._clock = controller, router, view, clock
+        self._federation = federation
+        self._links: dict[tuple[str, str], Link] = {}
+        self._reports: dict[tuple[str, str], asyncio.Queue[peer.FromCluster]] = {}
+        self._workers: dict[tuple[str, str], asyncio.Task[None]] = {}
+        calls.register(INVENTORY, self._inventory)
+
+    # -- controller.Listener -----------------------------------------------------------------------------------------
+
+    def taken(self, shard: OwnedShard) -> None:
+        """Nothing is known of any stream yet: the serving replicas will send inventories (J7)."""
+        self.dropped(shard.id)
+
+    def dropped(self, shard: str) -> None:
+        """Forget everything about a shard."""
+        for key in [key for key in self._links if key[0] == shard]:
+            del self._links[key]
+        for key in [key for key in self._workers if key[0] == shard]:
+            self._workers.pop(key).cancel()
+            self._reports.pop(key, None)
+
+    def committed(self, shard: OwnedShard, outbox: Outbox) -> None:
+        """Send what this batch placed and stopped."""
+        if shard.id == FLEET:
+            return
+        placed: dict[str, list[AttemptId]] = {}
+        for attempt in outbox.placed:
+            view = _machine(shard).attempt(attempt)
+            if view is not None:
+                placed.setdefault(view.cluster, []).append(attempt)
+        for cluster, attempts in placed.items():
+            link = self._links.get((shard.id, cluster))
+            if link is not None:
+                self._dispatch(shard, link, attempts)
+        stops: dict[str, list[AttemptId]] = {}
+        for cluster, attempt in outbox.stops:
+            stops.setdefault(cluster, []).append(attempt)
+        for cluster, attempts in stops.items():
+            link = self._links.get((shard.id, cluster))
+            if link is not None:
+                self._stop(shard, link, attempts)
+
+    # -- from agents ---------------------------------------------------------------------------------------------------
+
+    def receive(self, replica: str, message: peer.FromCluster) -> None:
+        """Reports and receipts of an agent, through its serving replica."""
+        key = (message.shard, message.cluster_uid)
+        link = self._links.get(key)
+        if message.HasField("receipt"):
+            if link is not None and link.stream == message.stream:
+                self._receipt(message.shard, link, message.receipt)
+        elif message.HasField("reports") and message.shard in self._controller.owned():
+            queue = self._reports.get(key)
+            if queue is None:
+                queue = self._reports[key] = asyncio.Queue(REPORTS_QUEUE)
+                work = self._settle_reports(message.shard, message.cluster_uid, queue)
+                self._workers[key] = asyncio.get_running_loop().create_task(work)
+            with contextlib.suppress(asyncio.QueueFull):
+                message.stream = f"{replica}\n{message.stream}"
+                queue.put_nowait(message)
+
+    async def _settle_reports(self, shard: str, cluster: str, queue: asyncio.Queue[peer.FromCluster]) -> None:
+        """Journal reports, all that wait as one command, then acknowledge them (J7)."""
+        while True:
+            waiting = [await queue.get()]
+            while not queue.empty():
+                waiting.append(queue.get_nowait())
+            for generation in sorted({message.generation for message in waiting}):
+                messages = [message for message in waiting if message.generation == generation]
+                command = codec.reports_command(cluster, generation, [m.reports for m in messages])
+                try:
+                    settled = await self._controller.submit(shard, command, timeout=COMMIT_TIMEOUT)
+                except (NotOwned, OutcomeUnknown, StoreDown, TimeoutError):
+                    continue  # not acknowledged: the agent sends them again
+                owned = self._controller.owned().get(shard)
+                if owned is not None and settled:
+                    replica, _, stream = messages[-1].stream.partition("\n")
+                    acks = pb.ReportAcks(**codec.header(owned), attempts=[codec.ref(a) for a in settled])  # type: ignore[attr-defined]
+                    self._router.to_cluster(replica, cluster, stream, pb.SessionResponse(report_acks=acks))
+
+    def _receipt(self, shard: str, link: Link, receipt: pb.DispatchReceipt) -> None:
+        owned = self._controller.owned().get(shard)
+        if owned is None or receipt.epoch != codec.epoch(owned):
+            return
+        link.received = max(link.received, receipt.dispatch_no)
+        for number in [number for number in link.unreceived if number <= link.received]:
+            del link.unreceived[number]
+
+    async def _inventory(self, payload: bytes, context: CallContext) -> AsyncIterator[bytes]:
+        """A new stream's inventory (S6): journal what follows, then link, confirm, adopt, dispatch, stop - in that order."""
+        source, _, rest = payload.partition(b"\n")
+        message = peer.FromCluster.FromString(rest)
+        shard, cluster = message.shard, message.cluster_uid
+        held = codec.held(message.inventory)
+        command = TakeInventory(
+            cluster, message.generation, message.boot_id, message.journal_uid, held, self._view.table
+        )
+        verdict = await self._controller.submit(shard, command, timeout=context.timeout)
+        owned = self._controller.owned().get(shard)
+        if owned is None or not isinstance(verdict, InventoryVerdict):
+            raise NotOwned(shard, None)
+        link = Link(cluster, source.decode(), message.stream, message.generation)
+        self._links[shard, cluster] = link
+        if verdict.adopted:
+            adoptions = pb.Adoptions(
+                **codec.header(owned),  # type: ignore[arg-type]
+                generation=message.generation,
+                attempts=[codec.ref(a) for a in verdict.adopted],
+            )
+            self._send(link, pb.SessionResponse(adoptions=adoptions))
+        phases = {h.attempt: h.phase for h in held}
+        self._dispatch(owned, link, self._missing(owned, link, phases))
+        self._stop(owned, link, [*_machine(owned).stops_on(cluster), *verdict.orphans])
+        yield b""
+
+    @staticmethod
+    def _missing(owned: OwnedShard, link: Link, phases: dict[AttemptId, int]) -> list[AttemptId]:
+        """Live in this generation and not held, or held only in a queue, which this stream must confirm (F3)."""
+        unconfirmed = (None, pb.ATTEMPT_PHASE_QUEUED, pb.ATTEMPT_PHASE_VOID)
+        return [a for a in _machine(owned).live_on(link.cluster) if phases.get(a) in unconfirmed]
+
+    # -- to agents -----------------------------------------------------------------------------------------------------
+
+    def _send(self, link: Link, message: pb.SessionResponse, *, any_stream: bool = False) -> None:
+        self._router.to_cluster(link.replica, link.cluster, "" if any_stream else link.stream, message)
+
+    def _dispatch(self, owned: OwnedShard, link: Link, attempts: Iterable[AttemptId]) -> None:
+        """Send live attempts of the link's generation, in messages of bounded size."""
+        writer = codec.DispatchWriter(owned, link.generation)
+        for attempt in attempts:
+            view = _machine(owned).attempt(attempt)
+            dispatch = _machine(owned).dispatch(attempt)
+            if view is None or dispatch is None or view.generation != link.generation or view.cluster != link.cluster:
+                continue
+            writer.add(attempt, dispatch)
+            if writer.count >= DISPATCH_BATCH or writer.bytes >= DISPATCH_BYTES:
+                self._flush(link, writer)
+                writer = codec.DispatchWriter(owned, link.generation)
+        if writer.count:
+            self._flush(link, writer)
+
+    def _flush(self, link: Link, writer: codec.DispatchWriter) -> None:
+        number = link.next_no
+        link.next_no += 1
+        link.unreceived[number] = (self._clock.boot(), tuple(writer.attempts))
+        for attempt in writer.attempts:
+            link.numbered[attempt] = number
+        self._send(link, pb.SessionResponse(dispatches=writer.message(number)))
+
+    def _stop(self, owned: OwnedShard, link: Link, attempts: Iterable[AttemptId]) -> None:
+        now = self._clock.boot()
+        batch = list(attempts)
+        for start in range(0, len(batch), DISPATCH_BATCH):
+            part = batch[start : start + DISPATCH_BATCH]
+            for attempt in part:
+                link.stops_sent[attempt] = now
+            stops = pb.Stops(**codec.header(owned), attempts=[codec.ref(a) for a in part])  # type: ignore[arg-type]
+            self._send(link, pb.SessionResponse(stops=stops), any_stream=True)
+
+    async def run(self) -> None:
+        """Send again what met silence (J7). The work grows with what is unanswered, not with what lives."""
+        while True:
+            await self._clock.sleep(RESEND / 4)
+            for (shard, cluster), link in list(self._links.items()):
+                owned = self._controller.owned().get(shard)
+                session = self._view.sessions.get(cluster)
+                if owned is None or owned.lost:
+                    continue
+                if session is not None and session.ended and session.generation >= link.generation:
+                    continue  # nobody listens; a new session brings an inventory
+                self._again(owned, link)
+
+    def _again(self, owned: OwnedShard, link: Link) -> None:
+        now = self._clock.boot()
+        late = [number for number, (sent, _) in link.unreceived.items() if now - sent >= RESEND]
+        if late:
+            attempts = [a for number in late for a in link.unreceived.pop(number)[1]]
+            self._dispatch(owned, link, attempts)
+        machine = _machine(owned)
+        outstanding = set(machine.stops_on(link.cluster)) if link.stops_sent else set()
+        for attempt in [a for a in link.stops_sent if a not in outstanding]:
+            del link.stops_sent[attempt]
+        self._stop(owned, link, [a for a, sent in link.stops_sent.items() if now - sent >= RESEND])
+
+    # -- capacity (C4) -------------------------------------------------------------------------------------------------
+
+    def pending(self, shard: str) -> list[tuple[str, int, list[AttemptId]]]:
+        """Placed attempts that no capacity report includes yet: (cluster, generation, attempts)."""
+        owned = self._controller.owned().get(shard)
+        found: list[tuple[str, int, list[AttemptId]]] = []
+        if owned is None or shard == FLEET:
+            return found
+        for (of, cluster), link in self._links.items():
+            if of != shard:
+                continue
+            included = self._included(owned, cluster)
+            machine = _machine(owned)
+            for attempt in [a for a, number in link.numbered.items() if number <= included or machine.attempt(a) is None]:
+                del link.numbered[attempt]
+            if link.numbered:
+                found.append((cluster, link.generation, list(link.numbered)))
+        return found
+
+    def _included(self, owned: OwnedShard, cluster: str) -> int:
+        beat = self._view.beats.get(cluster)
+        if beat is None:
+            return 0
+        wanted = codec.epoch(owned)
+        return max((i.dispatch_no for i in beat.heartbeat.included if i.shard == owned.id and i.epoch == wanted), default=0)
+
+
+def _machine(shard: OwnedShard) -> RunShard:
+    machine = shard.machine
+    assert isinstance(machine, RunShard)
+    return machine

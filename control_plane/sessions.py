@@ -1,0 +1,416 @@
+"""Serving agents' streams: Hello, heartbeats acknowledged by a committed put, and messages up and down (PROTOCOL S1, S2, S6).
+
+Theory. An agent dials any replica, the *serving* replica. What makes the session true is not the stream but two keys:
+
+* `sessions/{uid}/owner`: generation and serving replica. Fleet's transaction writes it when it opens a generation, and marks it
+  ended in the transaction of ClusterLost; a replica that takes over a live session swaps the replica by comparing the value.
+* `sessions/{uid}/beat`: the last heartbeat, put by the serving replica under a compare of the owner key.
+
+So a heartbeat that was acknowledged is in the store, and none of an ended generation ever can be (S2, S4). One transaction
+carries all heartbeats that arrived while the last one was in flight. A heartbeat whose transaction had no clear answer is simply
+not acknowledged: the agent sends another.
+
+Messages up (reports, inventories, receipts) go to the owners of their shards; inventories are delivered by a call that is repeated
+until the owner has journaled what follows from it, and again whenever a shard changes hands, because adoption (S6) and every
+dispatch on a new stream (F3) wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from baton.clock import Clock, Entropy
+from baton.internal import peer_pb2 as peer
+from baton.leases import LeaseValues
+from baton.v1 import agent_pb2 as pb
+from control_plane.core.commands import OpenSession, SessionGrant
+from control_plane.core.model import FLEET, RUN_SHARDS
+from control_plane.peers import CallFailed, CallLost, single
+from control_plane.refusals import NotOwned
+from control_plane.router import Router
+from control_plane.session_calls import INVENTORY, OPEN, LOSE, encode_lose, encode_open
+from control_plane.store import keys
+from control_plane.store.base import Ambiguous, Compare, Get, NotApplied, Put, Store, StoreError, Txn, Unavailable
+from control_plane.view import View
+
+log = logging.getLogger(__name__)
+
+HELLO_WAIT = 10.0
+"""Seconds for the first message. Too small: slow links never join; too large: idle sockets pile up."""
+
+BEAT_TIMEOUT = 2.0
+"""Seconds a heartbeat transaction may take: T_rpc of every profile (F5). Longer would only delay the next try."""
+
+CALL_TIMEOUT = 5.0
+"""Seconds for one try of an internal call; a takeover in between costs one more try."""
+
+RETRY_PAUSE = 0.2
+"""Seconds between tries of an internal call: far below a heartbeat, far above a loop turn."""
+
+BEATS_PER_TXN = 60
+"""Two operations and a compare each must stay under etcd's 128 per transaction (PROTOCOL S2)."""
+
+
+class StreamClosed(Exception):
+    """The agent's stream ended."""
+
+
+class AgentStream(Protocol):
+    """One agent's stream, as its adapter offers it."""
+
+    peer_cluster: str | None
+    """Cluster name in the peer's certificate; None on plain loopback."""
+
+    async def receive(self) -> pb.SessionRequest:
+        """The next message. Raises StreamClosed."""
+        ...
+
+    def send(self, message: pb.SessionResponse) -> bool:
+        """Queue a message; False if the queue is full (the caller ends the stream)."""
+        ...
+
+
+@dataclass(slots=True)
+class Session:
+    """A live stream of a generation."""
+
+    cluster: str
+    name: str
+    generation: int
+    stream_id: str
+    stream: AgentStream
+    hello: pb.Hello
+    owner_value: bytes
+    inventories: dict[str, pb.ShardInventory]
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class Refuse(Exception):
+    """The session cannot go on."""
+
+    def __init__(self, reason: str, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.reason, self.message, self.retry_after = reason, message, retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class SessionsConfig:
+    """What the composition root tells."""
+
+    federation_uid: str
+    leases: Callable[[str], LeaseValues]
+    """Profile name -> values; raises KeyError."""
+    check_marks: Callable[[list[pb.ShardMark], str], Awaitable[bool]]
+    """PROTOCOL J12: True if the marks show that the store was restored (and it is said so in the store)."""
+
+
+class Sessions:
+    """All streams this replica serves."""
+
+    def __init__(self, store: Store, clock: Clock, entropy: Entropy, router: Router, view: View, config: SessionsConfig) -> None:
+        self._store, self._clock, self._entropy = store, clock, entropy
+        self._router, self._view, self._config = router, view, config
+        self._by_cluster: dict[str, Session] = {}
+        self._beats: dict[str, tuple[Session, pb.Heartbeat]] = {}
+        self._beat_arrived = asyncio.Event()
+        self._owners_seen: dict[str, str] = {}
+        self._draining = False
+        router.on_to_cluster(self._deliver)
+        view.subscribe(self._view_changed)
+
+    def serving(self) -> dict[str, str]:
+        """Cluster uid -> name of every session served here."""
+        return {uid: session.name for uid, session in self._by_cluster.items()}
+
+    def alive_instance(self, name: str) -> str | None:
+        """Instance id of the stream this replica serves under that cluster name."""
+        return next((s.hello.instance for s in self._by_cluster.values() if s.name == name), None)
+
+    async def serve(self, stream: AgentStream) -> None:
+        """Run one agent's stream to its end. Never raises, except when cancelled."""
+        session: Session | None = None
+        try:
+            session = await self._open(stream)
+            while True:
+                self._take(session, await stream.receive())
+        except Refuse as refusal:
+            log.info("agent stream refused", extra={"reason": refusal.reason, "detail": refusal.message})
+            message = pb.Refusal(reason=refusal.reason, message=refusal.message, retry_after_ms=int(refusal.retry_after * 1000))
+            stream.send(pb.SessionResponse(refusal=message))
+        except (StreamClosed, TimeoutError):
+            pass
+        finally:
+            if session is not None:
+                self._close(session)
+
+    def drain(self) -> None:
+        """Send every agent elsewhere (the replica is leaving)."""
+        self._draining = True
+        for session in list(self._by_cluster.values()):
+            self._refuse(session, "DRAINING", "this replica is shutting down; use another", 0.0)
+
+    # -- opening ------------------------------------------------------------------------------------------------------
+
+    async def _open(self, stream: AgentStream) -> Session:
+        """Steps: 1 Hello; 2 identity; 3 J12 marks; 4 generation from fleet; 5 claim the session key; 6 Welcome; 7 inventories."""
+        async with asyncio.timeout(HELLO_WAIT):
+            first = await stream.receive()
+        if first.WhichOneof("message") != "hello":
+            raise Refuse("INVALID_ARGUMENT", "the first message of a session must be hello", 10.0)
+        hello = first.hello
+        lease = self._admit(stream, hello)
+        if await self._config.check_marks(list(hello.marks), hello.federation_uid):
+            raise Refuse("RESTORE_SUSPECTED", "the store was restored; an operator must run `baton admin restored`", 5.0)
+        grant = await self._generation(hello, lease)
+        owner_value = await self._claim(grant.cluster, grant.generation)
+        previous = self._by_cluster.get(grant.cluster)
+        if previous is not None:
+            self._refuse(previous, "SECOND_INSTANCE", "a newer stream of this cluster took over", 5.0)
+            self._close(previous)
+        session = Session(
+            cluster=grant.cluster,
+            name=hello.cluster,
+            generation=grant.generation,
+            stream_id=self._entropy.token(8),
+            stream=stream,
+            hello=hello,
+            owner_value=owner_value,
+            inventories={inventory.shard: inventory for inventory in hello.inventory},
+        )
+        self._by_cluster[grant.cluster] = session
+        welcome = pb.Welcome(
+            cluster_uid=grant.cluster,
+            generation=grant.generation,
+            resumed=grant.resumed,
+            lease=pb.LeaseValues(**lease.to_wire()),
+            server_wall_ms=int(self._clock.wall() * 1000),
+            federation_uid=self._config.federation_uid,
+            replica=self._router.replica,
+            replicas=sorted(member.address for member in self._view.members.values()),
+        )
+        stream.send(pb.SessionResponse(welcome=welcome))
+        log.info("session open", extra={"cluster": hello.cluster, "generation": grant.generation, "resumed": grant.resumed})
+        for shard in RUN_SHARDS:
+            self._tell_inventory(session, shard)
+        return session
+
+    def _admit(self, stream: AgentStream, hello: pb.Hello) -> LeaseValues:
+        if self._draining:
+            raise Refuse("DRAINING", "this replica is shutting down; use another", 0.0)
+        if not hello.cluster or not hello.instance or not hello.boot_id or not hello.journal_uid:
+            raise Refuse("INVALID_ARGUMENT", "hello needs cluster, instance, boot_id and journal_uid", 10.0)
+        if stream.peer_cluster is not None and stream.peer_cluster != hello.cluster:
+            raise Refuse("DENIED", f"the certificate is for cluster {stream.peer_cluster}, hello says {hello.cluster}", 30.0)
+        if hello.federation_uid and hello.federation_uid != self._config.federation_uid:
+            raise Refuse("DENIED", "this agent's journal belongs to another federation", 30.0)
+        try:
+            return self._config.leases(hello.profile or "balanced")
+        except KeyError:
+            raise Refuse("INVALID_ARGUMENT", f"hello.profile: no lease profile {hello.profile!r}", 30.0) from None
+
+    async def _generation(self, hello: pb.Hello, lease: LeaseValues) -> SessionGrant:
+        command = OpenSession(
+            cluster_name=hello.cluster,
+            cluster_uid=self._entropy.token(8),
+            instance=hello.instance,
+            boot_id=hello.boot_id,
+            journal_uid=hello.journal_uid,
+            replica=self._router.replica,
+            profile=lease.profile,
+            lost_seconds=lease.lost,
+            guard_seconds=lease.guard,
+            labels=tuple(sorted(hello.labels.items())),
+            taints=tuple(sorted(hello.taints)),
+            isolation=hello.isolation,
+            orphan_killer=hello.orphan_killer,
+            namespaces=tuple(sorted(hello.namespaces)),
+            agent_version=hello.agent_version,
+            last_generation=hello.last_generation,
+            first_session_alive=(self.alive_instance(hello.cluster) or hello.instance) != hello.instance,
+        )
+        try:
+            answer = await single(self._router.call(FLEET, OPEN, encode_open(command), timeout=CALL_TIMEOUT))
+        except CallFailed as failed:
+            reason = failed.message.partition(":")[0]
+            raise Refuse(reason if reason.isupper() else "UNAVAILABLE", failed.message) from failed
+        except (NotOwned, CallLost, TimeoutError) as error:
+            raise Refuse("UNAVAILABLE", "the fleet shard cannot be reached", RETRY_PAUSE) from error
+        fields = json.loads(answer)
+        return SessionGrant(fields["cluster"], fields["generation"], fields["resumed"])
+
+    async def _claim(self, cluster: str, generation: int) -> bytes:
+        """Make this replica the serving one, by comparing the value that holds the generation (S2). Its new value."""
+        key = keys.session_owner(cluster)
+        for _ in range(5):
+            try:
+                current, _revision = await self._store.get(key, timeout=BEAT_TIMEOUT)
+                if current is None:
+                    break
+                fields = json.loads(current.value)
+                if fields["generation"] != generation or fields.get("ended"):
+                    raise Refuse("GENERATION_ENDED", f"generation {generation} has ended", 0.0)
+                fields |= {"replica": self._router.replica, "nonce": self._entropy.token(8)}
+                value = json.dumps(fields, sort_keys=True).encode()
+                swap = Txn(
+                    [Compare.equals(key, current.value), Compare.absent(keys.restored_suspected())], [Put(key, value)]
+                )
+                if (await self._store.txn(swap, timeout=BEAT_TIMEOUT)).succeeded:
+                    return value
+            except (NotApplied, Ambiguous, Unavailable):
+                continue
+        raise Refuse("UNAVAILABLE", "the session's key could not be claimed", RETRY_PAUSE)
+
+    # -- up -----------------------------------------------------------------------------------------------------------
+
+    def _take(self, session: Session, message: pb.SessionRequest) -> None:
+        if session.closed.is_set():
+            raise StreamClosed
+        kind = message.WhichOneof("message")
+        if kind == "heartbeat":
+            # Only of this generation: an older one would renew what fleet has ended (S5).
+            if message.heartbeat.generation == session.generation:
+                self._beats[session.cluster] = (session, message.heartbeat)
+                self._beat_arrived.set()
+        elif kind == "reports":
+            self._up(session, message.reports.shard, reports=message.reports)
+        elif kind == "receipt":
+            self._up(session, message.receipt.shard, receipt=message.receipt)
+        elif kind == "log":
+            asker = message.log.request.partition(":")[0]
+            up = peer.FromCluster(cluster_uid=session.cluster, generation=session.generation, log=message.log)
+            self._router.to_replica(asker, peer.PeerMessage(from_cluster=up))
+        elif kind == "goodbye":
+            self._spawn(session, self._goodbye(session))
+
+    def _up(self, session: Session, shard: str, **what: object) -> None:
+        up = peer.FromCluster(
+            cluster_uid=session.cluster,
+            generation=session.generation,
+            stream=session.stream_id,
+            shard=shard,
+            **what,  # type: ignore[arg-type]
+        )
+        # Lost on the way is fine: agents send again what is not acknowledged (J7).
+        self._router.to_owner(shard, peer.PeerMessage(from_cluster=up))
+
+    async def _goodbye(self, session: Session) -> None:
+        payload = encode_lose(session.cluster, session.generation)
+        for _ in range(10):
+            try:
+                await single(self._router.call(FLEET, LOSE, payload, timeout=CALL_TIMEOUT))
+                break
+            except CallFailed:
+                break
+            except (NotOwned, CallLost, TimeoutError):
+                await self._clock.sleep(RETRY_PAUSE)
+        self._refuse(session, "GENERATION_ENDED", "goodbye", 0.0)
+
+    def _tell_inventory(self, session: Session, shard: str) -> None:
+        self._spawn(session, self._inventory(session, shard))
+
+    async def _inventory(self, session: Session, shard: str) -> None:
+        """Until the owner has journaled what follows from it, or the session is over."""
+        up = peer.FromCluster(
+            cluster_uid=session.cluster,
+            generation=session.generation,
+            stream=session.stream_id,
+            shard=shard,
+            inventory=session.inventories.get(shard) or pb.ShardInventory(shard=shard),
+            boot_id=session.hello.boot_id,
+            journal_uid=session.hello.journal_uid,
+        )
+        payload = self._router.replica.encode() + b"\n" + up.SerializeToString()
+        while not session.closed.is_set():
+            try:
+                await single(self._router.call(shard, INVENTORY, payload, timeout=CALL_TIMEOUT))
+                return
+            except (NotOwned, CallLost, CallFailed, TimeoutError):
+                await self._clock.sleep(RETRY_PAUSE)
+
+    def _view_changed(self, what: str) -> None:
+        """A shard with a new owner has no link to our agents yet: tell it (J7)."""
+        if what != "owners":
+            return
+        for shard in RUN_SHARDS:
+            info = self._view.owners.get(shard)
+            mark = "" if info is None else info.nonce
+            if mark and self._owners_seen.get(shard) != mark:
+                self._owners_seen[shard] = mark
+                for session in self._by_cluster.values():
+                    self._tell_inventory(session, shard)
+
+    # -- down ---------------------------------------------------------------------------------------------------------
+
+    def _deliver(self, message: peer.ToCluster) -> None:
+        session = self._by_cluster.get(message.cluster_uid)
+        if session is None or (message.stream and message.stream != session.stream_id):
+            return
+        if not session.stream.send(message.message):
+            log.warning("agent reads too slowly; its stream is ended", extra={"cluster": session.name})
+            self._close(session)
+
+    # -- heartbeats (S2) ----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Commit heartbeats, all that arrived while the last transaction was in flight in the next."""
+        while True:
+            await self._beat_arrived.wait()
+            self._beat_arrived.clear()
+            while self._beats:
+                taken = [self._beats.pop(uid) for uid in list(self._beats)[:BEATS_PER_TXN]]
+                await self._commit_beats([(s, beat) for s, beat in taken if not s.closed.is_set()])
+
+    async def _commit_beats(self, beats: list[tuple[Session, pb.Heartbeat]]) -> None:
+        while beats:
+            txn = Txn(
+                [Compare.absent(keys.restored_suspected())]
+                + [Compare.equals(keys.session_owner(s.cluster), s.owner_value) for s, _ in beats],
+                [Put(keys.session_beat(s.cluster), beat.SerializeToString()) for s, beat in beats],
+                [Get(keys.session_owner(s.cluster)) for s, _ in beats],
+            )
+            try:
+                result = await self._store.txn(txn, timeout=BEAT_TIMEOUT)
+            except StoreError:
+                return  # unknown or refused: not acknowledged; the agents will send again
+            if result.succeeded:
+                wall = int(self._clock.wall() * 1000)
+                for session, beat in beats:
+                    session.stream.send(pb.SessionResponse(heartbeat_ack=pb.HeartbeatAck(seq=beat.seq, server_wall_ms=wall)))
+                return
+            good = []
+            for (session, beat), read in zip(beats, result.reads, strict=True):
+                if read is not None and read.value == session.owner_value:
+                    good.append((session, beat))
+                else:
+                    self._refuse(session, "SESSION_MOVED", "another replica serves this session, or it has ended", 0.0)
+            if len(good) == len(beats):
+                return  # all fences hold: it was the suspected restore; nothing is acknowledged
+            beats = good
+
+    # -- closing ------------------------------------------------------------------------------------------------------
+
+    def _refuse(self, session: Session, reason: str, message: str, retry_after: float) -> None:
+        refusal = pb.Refusal(reason=reason, message=message, retry_after_ms=int(retry_after * 1000))
+        session.stream.send(pb.SessionResponse(refusal=refusal))
+        session.closed.set()
+        if self._by_cluster.get(session.cluster) is session:
+            del self._by_cluster[session.cluster]
+
+    def _close(self, session: Session) -> None:
+        session.closed.set()
+        for task in list(session.tasks):
+            task.cancel()
+        if self._by_cluster.get(session.cluster) is session:
+            del self._by_cluster[session.cluster]
+
+    @staticmethod
+    def _spawn(session: Session, work: object) -> None:
+        task = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+        session.tasks.add(task)
+        task.add_done_callback(session.tasks.discard)

@@ -1,0 +1,22 @@
+"""What every test may rely on: the checkout's root, and seeds that do not change from run to run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# A failing example must fail again on the next machine, so examples are derived from the test, not from chance; no
+# example database, since the tree under test may be read-only. The simulator explores new seeds, in runs of its own.
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+# For a long look by hand: BATON_HYPOTHESIS=explore scripts/test tests/unit
+hypothesis.settings.register_profile("explore", derandomize=False, max_examples=2000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("BATON_HYPOTHESIS", "fixed"))
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The root of the checkout under test."""
+    return Path(__file__).resolve().parent.parent
