@@ -1,19 +1,19 @@
 """The timing of a lease: how long work may run unheard, and when a copy of it may start (PROTOCOL F5, S8).
 
-Leases give liveness, fences give safety: nothing here decides which result is accepted, it only keeps two copies from
-overlapping in time. Both planes read the same values, so both use this module.
+Leases give liveness, fences give safety: nothing here decides which result is accepted, it only keeps two copies
+from overlapping in time. Both planes read the same values, so both use this module.
 
 An agent counts from `t`, the time *before sending* the last acknowledged heartbeat, on a clock that counts suspend:
 
-    t -------- h h h --------- F ........ K ......|                 agent: starts nothing from F on, all is dead at F + K
-    t ------------------ L ----------------- G ------|              control plane: lost at L, a copy starts at L + G
+    t -------- h h h --------- F ........ K ......|            agent: starts nothing from F on, all is dead at F + K
+    t ------------------ L ----------------- G ------|         control plane: lost at L, a copy starts at L + G
 
-* **Safe**: `(F + K)/(1 - rho) + P + X < (L + G)/(1 + rho)`. The old work is gone, on the slowest permitted clock, before
-  a copy starts on the fastest one.
-* **Calm** (not trigger-happy): `F >= m*h + T_rpc + E`. Missing m heartbeats, one slow answer and one etcd failover do not
-  reach F.
+* **Safe**: `(F + K)/(1 - rho) + P + X < (L + G)/(1 + rho)`. The old work is gone, on the slowest permitted clock,
+  before a copy starts on the fastest one.
+* **Calm** (not trigger-happy): `F >= m*h + T_rpc + E`. Missing m heartbeats, one slow answer and one etcd failover do
+  not reach F.
 
-`check` refuses values that break either and prints both sides. `changes` orders a change of values (S8): between any two
+`check` refuses values that break either and prints both sides. `changes` orders a change of values (S8): between two
 neighbouring steps an agent may hold either F while fleet holds either L + G, and all of these pairs must be safe.
 """
 
@@ -91,7 +91,7 @@ def check(values: LeaseValues) -> None:
             raise UnsafeLease(
                 f"lease profile {values.profile!r}: {item.name} is {number}; it must be finite, 0 or more"
             )
-    if not 0 < values.heartbeat or values.rho >= 1:
+    if not values.heartbeat > 0 or values.rho >= 1:
         raise UnsafeLease(f"lease profile {values.profile!r}: heartbeat must be above 0 s and rho below 1")
     broken = [str(sides) for sides in (safety(values), calmness(values)) if not sides.holds]
     if broken:

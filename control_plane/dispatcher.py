@@ -247,6 +247,11 @@ class Dispatcher:
 
     def _again(self, owned: OwnedShard, link: Link) -> None:
         now = self._clock.boot()
+        session = self._view.sessions.get(link.cluster)
+        if session is not None and session.replica != link.replica and not session.ended:
+            # The agent moved and its inventory has not come through yet: this makes its new replica tell it again.
+            poke = pb.SessionResponse(dispatches=pb.Dispatches(shard=owned.id))
+            self._router.to_cluster(session.replica, link.cluster, link.stream, poke)
         late = [number for number, (sent, _) in link.unreceived.items() if now - sent >= RESEND]
         if late:
             attempts = [a for number in late for a in link.unreceived.pop(number)[1]]

@@ -31,7 +31,7 @@ from baton.v1 import agent_pb2 as pb
 from control_plane.core.commands import OpenSession, SessionGrant
 from control_plane.core.model import FLEET, RUN_SHARDS
 from control_plane.peers import CallFailed, CallLost, single
-from control_plane.refusals import NotOwned
+from control_plane.refusals import NotOwned, OutcomeUnknown, StoreDown
 from control_plane.router import Router
 from control_plane.session_calls import INVENTORY, OPEN, LOSE, encode_lose, encode_open
 from control_plane.store import keys
@@ -89,6 +89,8 @@ class Session:
     inventories: dict[str, pb.ShardInventory]
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    telling: set[str] = field(default_factory=set)
+    """Shards whose owner is being told the inventory."""
 
 
 class Refuse(Exception):
@@ -312,7 +314,9 @@ class Sessions:
         self._refuse(session, "GENERATION_ENDED", "goodbye", 0.0)
 
     def _tell_inventory(self, session: Session, shard: str) -> None:
-        self._spawn(session, self._inventory(session, shard))
+        if shard not in session.telling:
+            session.telling.add(shard)
+            self._spawn(session, self._inventory(session, shard))
 
     async def _inventory(self, session: Session, shard: str) -> None:
         """Until the owner has journaled what follows from it, or the session is over."""
@@ -329,9 +333,10 @@ class Sessions:
         while not session.closed.is_set():
             try:
                 await single(self._router.call(shard, INVENTORY, payload, timeout=CALL_TIMEOUT))
-                return
-            except (NotOwned, CallLost, CallFailed, TimeoutError):
+                break
+            except (NotOwned, OutcomeUnknown, StoreDown, CallLost, CallFailed, TimeoutError):
                 await self._clock.sleep(RETRY_PAUSE)
+        session.telling.discard(shard)
 
     def _view_changed(self, what: str) -> None:
         """A shard with a new owner has no link to our agents yet: tell it (J7)."""
@@ -349,7 +354,12 @@ class Sessions:
 
     def _deliver(self, message: peer.ToCluster) -> None:
         session = self._by_cluster.get(message.cluster_uid)
-        if session is None or (message.stream and message.stream != session.stream_id):
+        if session is None:
+            return
+        if message.stream and message.stream != session.stream_id:
+            # The owner is tied to an older stream (its calls crossed): tell it of this one.
+            if message.message.WhichOneof("message") == "dispatches":
+                self._tell_inventory(session, message.message.dispatches.shard)
             return
         if not session.stream.send(message.message):
             log.warning("agent reads too slowly; its stream is ended", extra={"cluster": session.name})

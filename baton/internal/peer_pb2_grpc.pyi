@@ -7,21 +7,7 @@ from baton.internal import peer_pb2 as _peer_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
 import abc as _abc_1
-import grpc as _grpc
-import sys
-import typing as _typing
 
-if sys.version_info >= (3, 11):
-    from typing import Self as _Self
-else:
-    from typing_extensions import Self as _Self
-
-_T = _typing.TypeVar("_T")
-
-class _MaybeAsyncIterator(_abc.AsyncIterator[_T], _abc.Iterator[_T], metaclass=_abc_1.ABCMeta): ...
-
-class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ignore[misc, type-arg]
-    ...
 
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
@@ -29,19 +15,8 @@ GRPC_VERSION: str
 class PeerServiceStub:
     """Joins each pair of replicas."""
 
-    @_typing.overload
-    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
-    @_typing.overload
-    def __new__(cls, channel: _aio.Channel) -> PeerServiceAsyncStub: ...
-    Exchange: _grpc.StreamStreamMultiCallable[_peer_pb2.ExchangeRequest, _peer_pb2.ExchangeResponse]
-    """One ordered, batched stream per direction of dialling (PROTOCOL O5)."""
-
-@_typing.type_check_only
-class PeerServiceAsyncStub(PeerServiceStub):
-    """Joins each pair of replicas."""
-
     def __init__(self, channel: _aio.Channel) -> None: ...
-    Exchange: _aio.StreamStreamMultiCallable[_peer_pb2.ExchangeRequest, _peer_pb2.ExchangeResponse]  # type: ignore[assignment]
+    Exchange: _aio.StreamStreamMultiCallable[_peer_pb2.ExchangeRequest, _peer_pb2.ExchangeResponse]
     """One ordered, batched stream per direction of dialling (PROTOCOL O5)."""
 
 class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -50,9 +25,9 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def Exchange(
         self,
-        request_iterator: _MaybeAsyncIterator[_peer_pb2.ExchangeRequest],
-        context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_peer_pb2.ExchangeResponse], _abc.AsyncIterator[_peer_pb2.ExchangeResponse]]:
+        request_iterator: _abc.AsyncIterator[_peer_pb2.ExchangeRequest],
+        context: _aio.ServicerContext[_abc.AsyncIterator[_peer_pb2.ExchangeRequest], _abc.AsyncIterator[_peer_pb2.ExchangeResponse]],
+    ) -> _abc.AsyncIterator[_peer_pb2.ExchangeResponse]:
         """One ordered, batched stream per direction of dialling (PROTOCOL O5)."""
 
-def add_PeerServiceServicer_to_server(servicer: PeerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+def add_PeerServiceServicer_to_server(servicer: PeerServiceServicer, server: _aio.Server) -> None: ...

@@ -7,21 +7,7 @@ from baton.v1 import admin_pb2 as _admin_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
 import abc as _abc_1
-import grpc as _grpc
-import sys
-import typing as _typing
 
-if sys.version_info >= (3, 11):
-    from typing import Self as _Self
-else:
-    from typing_extensions import Self as _Self
-
-_T = _typing.TypeVar("_T")
-
-class _MaybeAsyncIterator(_abc.AsyncIterator[_T], _abc.Iterator[_T], metaclass=_abc_1.ABCMeta): ...
-
-class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ignore[misc, type-arg]
-    ...
 
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
@@ -29,39 +15,18 @@ GRPC_VERSION: str
 class AdminServiceStub:
     """For operators."""
 
-    @_typing.overload
-    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
-    @_typing.overload
-    def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
-    ListReplicas: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListReplicasRequest, _admin_pb2.ListReplicasResponse]
-    """Lists registered replicas."""
-    ListShards: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListShardsRequest, _admin_pb2.ListShardsResponse]
-    """Lists shards with their owners."""
-    PutNamespace: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PutNamespaceRequest, _admin_pb2.PutNamespaceResponse]
-    """Creates or changes a namespace. Idempotent by request_id."""
-    ListNamespaces: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListNamespacesRequest, _admin_pb2.ListNamespacesResponse]
-    """Lists namespaces."""
-    Backup: _grpc.UnaryStreamMultiCallable[_admin_pb2.BackupRequest, _admin_pb2.BackupResponse]
-    """Streams a consistent backup of the store (an etcd snapshot)."""
-    ConfirmRestored: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ConfirmRestoredRequest, _admin_pb2.ConfirmRestoredResponse]
-    """Says that etcd was restored on purpose: bumps the incarnation and lets transactions go on (PROTOCOL J12)."""
-
-@_typing.type_check_only
-class AdminServiceAsyncStub(AdminServiceStub):
-    """For operators."""
-
     def __init__(self, channel: _aio.Channel) -> None: ...
-    ListReplicas: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListReplicasRequest, _admin_pb2.ListReplicasResponse]  # type: ignore[assignment]
+    ListReplicas: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListReplicasRequest, _admin_pb2.ListReplicasResponse]
     """Lists registered replicas."""
-    ListShards: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListShardsRequest, _admin_pb2.ListShardsResponse]  # type: ignore[assignment]
+    ListShards: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListShardsRequest, _admin_pb2.ListShardsResponse]
     """Lists shards with their owners."""
-    PutNamespace: _aio.UnaryUnaryMultiCallable[_admin_pb2.PutNamespaceRequest, _admin_pb2.PutNamespaceResponse]  # type: ignore[assignment]
+    PutNamespace: _aio.UnaryUnaryMultiCallable[_admin_pb2.PutNamespaceRequest, _admin_pb2.PutNamespaceResponse]
     """Creates or changes a namespace. Idempotent by request_id."""
-    ListNamespaces: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListNamespacesRequest, _admin_pb2.ListNamespacesResponse]  # type: ignore[assignment]
+    ListNamespaces: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListNamespacesRequest, _admin_pb2.ListNamespacesResponse]
     """Lists namespaces."""
-    Backup: _aio.UnaryStreamMultiCallable[_admin_pb2.BackupRequest, _admin_pb2.BackupResponse]  # type: ignore[assignment]
+    Backup: _aio.UnaryStreamMultiCallable[_admin_pb2.BackupRequest, _admin_pb2.BackupResponse]
     """Streams a consistent backup of the store (an etcd snapshot)."""
-    ConfirmRestored: _aio.UnaryUnaryMultiCallable[_admin_pb2.ConfirmRestoredRequest, _admin_pb2.ConfirmRestoredResponse]  # type: ignore[assignment]
+    ConfirmRestored: _aio.UnaryUnaryMultiCallable[_admin_pb2.ConfirmRestoredRequest, _admin_pb2.ConfirmRestoredResponse]
     """Says that etcd was restored on purpose: bumps the incarnation and lets transactions go on (PROTOCOL J12)."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -71,48 +36,48 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     def ListReplicas(
         self,
         request: _admin_pb2.ListReplicasRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_admin_pb2.ListReplicasResponse, _abc.Awaitable[_admin_pb2.ListReplicasResponse]]:
+        context: _aio.ServicerContext[_admin_pb2.ListReplicasRequest, _abc.Awaitable[_admin_pb2.ListReplicasResponse]],
+    ) -> _abc.Awaitable[_admin_pb2.ListReplicasResponse]:
         """Lists registered replicas."""
 
     @_abc_1.abstractmethod
     def ListShards(
         self,
         request: _admin_pb2.ListShardsRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_admin_pb2.ListShardsResponse, _abc.Awaitable[_admin_pb2.ListShardsResponse]]:
+        context: _aio.ServicerContext[_admin_pb2.ListShardsRequest, _abc.Awaitable[_admin_pb2.ListShardsResponse]],
+    ) -> _abc.Awaitable[_admin_pb2.ListShardsResponse]:
         """Lists shards with their owners."""
 
     @_abc_1.abstractmethod
     def PutNamespace(
         self,
         request: _admin_pb2.PutNamespaceRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_admin_pb2.PutNamespaceResponse, _abc.Awaitable[_admin_pb2.PutNamespaceResponse]]:
+        context: _aio.ServicerContext[_admin_pb2.PutNamespaceRequest, _abc.Awaitable[_admin_pb2.PutNamespaceResponse]],
+    ) -> _abc.Awaitable[_admin_pb2.PutNamespaceResponse]:
         """Creates or changes a namespace. Idempotent by request_id."""
 
     @_abc_1.abstractmethod
     def ListNamespaces(
         self,
         request: _admin_pb2.ListNamespacesRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_admin_pb2.ListNamespacesResponse, _abc.Awaitable[_admin_pb2.ListNamespacesResponse]]:
+        context: _aio.ServicerContext[_admin_pb2.ListNamespacesRequest, _abc.Awaitable[_admin_pb2.ListNamespacesResponse]],
+    ) -> _abc.Awaitable[_admin_pb2.ListNamespacesResponse]:
         """Lists namespaces."""
 
     @_abc_1.abstractmethod
     def Backup(
         self,
         request: _admin_pb2.BackupRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_admin_pb2.BackupResponse], _abc.AsyncIterator[_admin_pb2.BackupResponse]]:
+        context: _aio.ServicerContext[_admin_pb2.BackupRequest, _abc.AsyncIterator[_admin_pb2.BackupResponse]],
+    ) -> _abc.AsyncIterator[_admin_pb2.BackupResponse]:
         """Streams a consistent backup of the store (an etcd snapshot)."""
 
     @_abc_1.abstractmethod
     def ConfirmRestored(
         self,
         request: _admin_pb2.ConfirmRestoredRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_admin_pb2.ConfirmRestoredResponse, _abc.Awaitable[_admin_pb2.ConfirmRestoredResponse]]:
+        context: _aio.ServicerContext[_admin_pb2.ConfirmRestoredRequest, _abc.Awaitable[_admin_pb2.ConfirmRestoredResponse]],
+    ) -> _abc.Awaitable[_admin_pb2.ConfirmRestoredResponse]:
         """Says that etcd was restored on purpose: bumps the incarnation and lets transactions go on (PROTOCOL J12)."""
 
-def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _aio.Server) -> None: ...

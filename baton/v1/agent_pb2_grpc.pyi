@@ -7,21 +7,7 @@ from baton.v1 import agent_pb2 as _agent_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
 import abc as _abc_1
-import grpc as _grpc
-import sys
-import typing as _typing
 
-if sys.version_info >= (3, 11):
-    from typing import Self as _Self
-else:
-    from typing_extensions import Self as _Self
-
-_T = _typing.TypeVar("_T")
-
-class _MaybeAsyncIterator(_abc.AsyncIterator[_T], _abc.Iterator[_T], metaclass=_abc_1.ABCMeta): ...
-
-class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ignore[misc, type-arg]
-    ...
 
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
@@ -29,19 +15,8 @@ GRPC_VERSION: str
 class AgentServiceStub:
     """Where agents dial in."""
 
-    @_typing.overload
-    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
-    @_typing.overload
-    def __new__(cls, channel: _aio.Channel) -> AgentServiceAsyncStub: ...
-    Session: _grpc.StreamStreamMultiCallable[_agent_pb2.SessionRequest, _agent_pb2.SessionResponse]
-    """An agent's session (PROTOCOL S1). The first message must be Hello, within 10 s."""
-
-@_typing.type_check_only
-class AgentServiceAsyncStub(AgentServiceStub):
-    """Where agents dial in."""
-
     def __init__(self, channel: _aio.Channel) -> None: ...
-    Session: _aio.StreamStreamMultiCallable[_agent_pb2.SessionRequest, _agent_pb2.SessionResponse]  # type: ignore[assignment]
+    Session: _aio.StreamStreamMultiCallable[_agent_pb2.SessionRequest, _agent_pb2.SessionResponse]
     """An agent's session (PROTOCOL S1). The first message must be Hello, within 10 s."""
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -50,9 +25,9 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def Session(
         self,
-        request_iterator: _MaybeAsyncIterator[_agent_pb2.SessionRequest],
-        context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_agent_pb2.SessionResponse], _abc.AsyncIterator[_agent_pb2.SessionResponse]]:
+        request_iterator: _abc.AsyncIterator[_agent_pb2.SessionRequest],
+        context: _aio.ServicerContext[_abc.AsyncIterator[_agent_pb2.SessionRequest], _abc.AsyncIterator[_agent_pb2.SessionResponse]],
+    ) -> _abc.AsyncIterator[_agent_pb2.SessionResponse]:
         """An agent's session (PROTOCOL S1). The first message must be Hello, within 10 s."""
 
-def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _aio.Server) -> None: ...

@@ -7,21 +7,7 @@ from baton.v1 import cluster_pb2 as _cluster_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
 import abc as _abc_1
-import grpc as _grpc
-import sys
-import typing as _typing
 
-if sys.version_info >= (3, 11):
-    from typing import Self as _Self
-else:
-    from typing_extensions import Self as _Self
-
-_T = _typing.TypeVar("_T")
-
-class _MaybeAsyncIterator(_abc.AsyncIterator[_T], _abc.Iterator[_T], metaclass=_abc_1.ABCMeta): ...
-
-class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ignore[misc, type-arg]
-    ...
 
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
@@ -29,35 +15,16 @@ GRPC_VERSION: str
 class ClusterServiceStub:
     """Operates clusters."""
 
-    @_typing.overload
-    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
-    @_typing.overload
-    def __new__(cls, channel: _aio.Channel) -> ClusterServiceAsyncStub: ...
-    ListClusters: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListClustersRequest, _cluster_pb2.ListClustersResponse]
-    """Lists clusters in order of name."""
-    GetCluster: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetClusterRequest, _cluster_pb2.GetClusterResponse]
-    """Reads one cluster. NOT_FOUND."""
-    CordonCluster: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.CordonClusterRequest, _cluster_pb2.CordonClusterResponse]
-    """No new work; what runs goes on. Idempotent."""
-    UncordonCluster: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.UncordonClusterRequest, _cluster_pb2.UncordonClusterResponse]
-    """Takes work again. Idempotent."""
-    DrainCluster: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DrainClusterRequest, _cluster_pb2.DrainClusterResponse]
-    """No new work; running attempts are stopped gracefully and placed elsewhere. Idempotent."""
-
-@_typing.type_check_only
-class ClusterServiceAsyncStub(ClusterServiceStub):
-    """Operates clusters."""
-
     def __init__(self, channel: _aio.Channel) -> None: ...
-    ListClusters: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListClustersRequest, _cluster_pb2.ListClustersResponse]  # type: ignore[assignment]
+    ListClusters: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListClustersRequest, _cluster_pb2.ListClustersResponse]
     """Lists clusters in order of name."""
-    GetCluster: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetClusterRequest, _cluster_pb2.GetClusterResponse]  # type: ignore[assignment]
+    GetCluster: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetClusterRequest, _cluster_pb2.GetClusterResponse]
     """Reads one cluster. NOT_FOUND."""
-    CordonCluster: _aio.UnaryUnaryMultiCallable[_cluster_pb2.CordonClusterRequest, _cluster_pb2.CordonClusterResponse]  # type: ignore[assignment]
+    CordonCluster: _aio.UnaryUnaryMultiCallable[_cluster_pb2.CordonClusterRequest, _cluster_pb2.CordonClusterResponse]
     """No new work; what runs goes on. Idempotent."""
-    UncordonCluster: _aio.UnaryUnaryMultiCallable[_cluster_pb2.UncordonClusterRequest, _cluster_pb2.UncordonClusterResponse]  # type: ignore[assignment]
+    UncordonCluster: _aio.UnaryUnaryMultiCallable[_cluster_pb2.UncordonClusterRequest, _cluster_pb2.UncordonClusterResponse]
     """Takes work again. Idempotent."""
-    DrainCluster: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainClusterRequest, _cluster_pb2.DrainClusterResponse]  # type: ignore[assignment]
+    DrainCluster: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainClusterRequest, _cluster_pb2.DrainClusterResponse]
     """No new work; running attempts are stopped gracefully and placed elsewhere. Idempotent."""
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -67,40 +34,40 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     def ListClusters(
         self,
         request: _cluster_pb2.ListClustersRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_cluster_pb2.ListClustersResponse, _abc.Awaitable[_cluster_pb2.ListClustersResponse]]:
+        context: _aio.ServicerContext[_cluster_pb2.ListClustersRequest, _abc.Awaitable[_cluster_pb2.ListClustersResponse]],
+    ) -> _abc.Awaitable[_cluster_pb2.ListClustersResponse]:
         """Lists clusters in order of name."""
 
     @_abc_1.abstractmethod
     def GetCluster(
         self,
         request: _cluster_pb2.GetClusterRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_cluster_pb2.GetClusterResponse, _abc.Awaitable[_cluster_pb2.GetClusterResponse]]:
+        context: _aio.ServicerContext[_cluster_pb2.GetClusterRequest, _abc.Awaitable[_cluster_pb2.GetClusterResponse]],
+    ) -> _abc.Awaitable[_cluster_pb2.GetClusterResponse]:
         """Reads one cluster. NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def CordonCluster(
         self,
         request: _cluster_pb2.CordonClusterRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_cluster_pb2.CordonClusterResponse, _abc.Awaitable[_cluster_pb2.CordonClusterResponse]]:
+        context: _aio.ServicerContext[_cluster_pb2.CordonClusterRequest, _abc.Awaitable[_cluster_pb2.CordonClusterResponse]],
+    ) -> _abc.Awaitable[_cluster_pb2.CordonClusterResponse]:
         """No new work; what runs goes on. Idempotent."""
 
     @_abc_1.abstractmethod
     def UncordonCluster(
         self,
         request: _cluster_pb2.UncordonClusterRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_cluster_pb2.UncordonClusterResponse, _abc.Awaitable[_cluster_pb2.UncordonClusterResponse]]:
+        context: _aio.ServicerContext[_cluster_pb2.UncordonClusterRequest, _abc.Awaitable[_cluster_pb2.UncordonClusterResponse]],
+    ) -> _abc.Awaitable[_cluster_pb2.UncordonClusterResponse]:
         """Takes work again. Idempotent."""
 
     @_abc_1.abstractmethod
     def DrainCluster(
         self,
         request: _cluster_pb2.DrainClusterRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_cluster_pb2.DrainClusterResponse, _abc.Awaitable[_cluster_pb2.DrainClusterResponse]]:
+        context: _aio.ServicerContext[_cluster_pb2.DrainClusterRequest, _abc.Awaitable[_cluster_pb2.DrainClusterResponse]],
+    ) -> _abc.Awaitable[_cluster_pb2.DrainClusterResponse]:
         """No new work; running attempts are stopped gracefully and placed elsewhere. Idempotent."""
 
-def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _aio.Server) -> None: ...

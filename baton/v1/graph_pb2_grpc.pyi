@@ -7,21 +7,7 @@ from baton.v1 import graph_pb2 as _graph_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
 import abc as _abc_1
-import grpc as _grpc
-import sys
-import typing as _typing
 
-if sys.version_info >= (3, 11):
-    from typing import Self as _Self
-else:
-    from typing_extensions import Self as _Self
-
-_T = _typing.TypeVar("_T")
-
-class _MaybeAsyncIterator(_abc.AsyncIterator[_T], _abc.Iterator[_T], metaclass=_abc_1.ABCMeta): ...
-
-class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ignore[misc, type-arg]
-    ...
 
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
@@ -29,31 +15,14 @@ GRPC_VERSION: str
 class GraphServiceStub:
     """Stores graph definitions."""
 
-    @_typing.overload
-    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
-    @_typing.overload
-    def __new__(cls, channel: _aio.Channel) -> GraphServiceAsyncStub: ...
-    PutGraph: _grpc.UnaryUnaryMultiCallable[_graph_pb2.PutGraphRequest, _graph_pb2.PutGraphResponse]
-    """Creates a graph or adds a version to it. Idempotent by request_id. INVALID_ARGUMENT names the field; ABORTED when the etag
-    does not match.
-    """
-    GetGraph: _grpc.UnaryUnaryMultiCallable[_graph_pb2.GetGraphRequest, _graph_pb2.GetGraphResponse]
-    """Reads one version of a graph. NOT_FOUND when there is none."""
-    ListGraphs: _grpc.UnaryUnaryMultiCallable[_graph_pb2.ListGraphsRequest, _graph_pb2.ListGraphsResponse]
-    """Lists the newest versions of a namespace's graphs, in order of name."""
-
-@_typing.type_check_only
-class GraphServiceAsyncStub(GraphServiceStub):
-    """Stores graph definitions."""
-
     def __init__(self, channel: _aio.Channel) -> None: ...
-    PutGraph: _aio.UnaryUnaryMultiCallable[_graph_pb2.PutGraphRequest, _graph_pb2.PutGraphResponse]  # type: ignore[assignment]
+    PutGraph: _aio.UnaryUnaryMultiCallable[_graph_pb2.PutGraphRequest, _graph_pb2.PutGraphResponse]
     """Creates a graph or adds a version to it. Idempotent by request_id. INVALID_ARGUMENT names the field; ABORTED when the etag
     does not match.
     """
-    GetGraph: _aio.UnaryUnaryMultiCallable[_graph_pb2.GetGraphRequest, _graph_pb2.GetGraphResponse]  # type: ignore[assignment]
+    GetGraph: _aio.UnaryUnaryMultiCallable[_graph_pb2.GetGraphRequest, _graph_pb2.GetGraphResponse]
     """Reads one version of a graph. NOT_FOUND when there is none."""
-    ListGraphs: _aio.UnaryUnaryMultiCallable[_graph_pb2.ListGraphsRequest, _graph_pb2.ListGraphsResponse]  # type: ignore[assignment]
+    ListGraphs: _aio.UnaryUnaryMultiCallable[_graph_pb2.ListGraphsRequest, _graph_pb2.ListGraphsResponse]
     """Lists the newest versions of a namespace's graphs, in order of name."""
 
 class GraphServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -63,8 +32,8 @@ class GraphServiceServicer(metaclass=_abc_1.ABCMeta):
     def PutGraph(
         self,
         request: _graph_pb2.PutGraphRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_graph_pb2.PutGraphResponse, _abc.Awaitable[_graph_pb2.PutGraphResponse]]:
+        context: _aio.ServicerContext[_graph_pb2.PutGraphRequest, _abc.Awaitable[_graph_pb2.PutGraphResponse]],
+    ) -> _abc.Awaitable[_graph_pb2.PutGraphResponse]:
         """Creates a graph or adds a version to it. Idempotent by request_id. INVALID_ARGUMENT names the field; ABORTED when the etag
         does not match.
         """
@@ -73,16 +42,16 @@ class GraphServiceServicer(metaclass=_abc_1.ABCMeta):
     def GetGraph(
         self,
         request: _graph_pb2.GetGraphRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_graph_pb2.GetGraphResponse, _abc.Awaitable[_graph_pb2.GetGraphResponse]]:
+        context: _aio.ServicerContext[_graph_pb2.GetGraphRequest, _abc.Awaitable[_graph_pb2.GetGraphResponse]],
+    ) -> _abc.Awaitable[_graph_pb2.GetGraphResponse]:
         """Reads one version of a graph. NOT_FOUND when there is none."""
 
     @_abc_1.abstractmethod
     def ListGraphs(
         self,
         request: _graph_pb2.ListGraphsRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_graph_pb2.ListGraphsResponse, _abc.Awaitable[_graph_pb2.ListGraphsResponse]]:
+        context: _aio.ServicerContext[_graph_pb2.ListGraphsRequest, _abc.Awaitable[_graph_pb2.ListGraphsResponse]],
+    ) -> _abc.Awaitable[_graph_pb2.ListGraphsResponse]:
         """Lists the newest versions of a namespace's graphs, in order of name."""
 
-def add_GraphServiceServicer_to_server(servicer: GraphServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+def add_GraphServiceServicer_to_server(servicer: GraphServiceServicer, server: _aio.Server) -> None: ...

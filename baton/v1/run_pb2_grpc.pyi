@@ -7,21 +7,7 @@ from baton.v1 import run_pb2 as _run_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
 import abc as _abc_1
-import grpc as _grpc
-import sys
-import typing as _typing
 
-if sys.version_info >= (3, 11):
-    from typing import Self as _Self
-else:
-    from typing_extensions import Self as _Self
-
-_T = _typing.TypeVar("_T")
-
-class _MaybeAsyncIterator(_abc.AsyncIterator[_T], _abc.Iterator[_T], metaclass=_abc_1.ABCMeta): ...
-
-class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ignore[misc, type-arg]
-    ...
 
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
@@ -29,63 +15,30 @@ GRPC_VERSION: str
 class RunServiceStub:
     """Executes graphs."""
 
-    @_typing.overload
-    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
-    @_typing.overload
-    def __new__(cls, channel: _aio.Channel) -> RunServiceAsyncStub: ...
-    CreateRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.CreateRunRequest, _run_pb2.CreateRunResponse]
-    """Creates a run from an inline graph or a stored version. Idempotent by request_id. INVALID_ARGUMENT names the field;
-    ALREADY_EXISTS when run_id is taken; FAILED_PRECONDITION when it cannot finish by its deadline.
-    """
-    CreateRunInPieces: _grpc.StreamUnaryMultiCallable[_run_pb2.CreateRunInPiecesRequest, _run_pb2.CreateRunInPiecesResponse]
-    """As CreateRun, for graphs over the message limit: the first piece is the request, later ones carry more tasks. Nothing is
-    created unless the stream ends well.
-    """
-    GetRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.GetRunRequest, _run_pb2.GetRunResponse]
-    """Reads a run. NOT_FOUND."""
-    ListRuns: _grpc.UnaryUnaryMultiCallable[_run_pb2.ListRunsRequest, _run_pb2.ListRunsResponse]
-    """Lists runs, newest history included; merges shards in uid order; no snapshot over shards is promised."""
-    CancelRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.CancelRunRequest, _run_pb2.CancelRunResponse]
-    """Asks a run to stop. Idempotent. A final run stays as it is: FAILED_PRECONDITION unless it is already cancelled."""
-    ListTasks: _grpc.UnaryUnaryMultiCallable[_run_pb2.ListTasksRequest, _run_pb2.ListTasksResponse]
-    """Lists a run's tasks in index order."""
-    GetTask: _grpc.UnaryUnaryMultiCallable[_run_pb2.GetTaskRequest, _run_pb2.GetTaskResponse]
-    """Reads one task with all attempts and its result. NOT_FOUND."""
-    WatchRun: _grpc.UnaryStreamMultiCallable[_run_pb2.WatchRunRequest, _run_pb2.WatchRunResponse]
-    """Streams the run's events after a number, in order, without gaps, until the run is final. OUT_OF_RANGE (WATCH_COMPACTED)
-    when that number is no longer kept.
-    """
-    FollowLogs: _grpc.UnaryStreamMultiCallable[_run_pb2.FollowLogsRequest, _run_pb2.FollowLogsResponse]
-    """Streams the captured output of one attempt. NOT_FOUND; UNAVAILABLE when its cluster cannot be reached."""
-
-@_typing.type_check_only
-class RunServiceAsyncStub(RunServiceStub):
-    """Executes graphs."""
-
     def __init__(self, channel: _aio.Channel) -> None: ...
-    CreateRun: _aio.UnaryUnaryMultiCallable[_run_pb2.CreateRunRequest, _run_pb2.CreateRunResponse]  # type: ignore[assignment]
+    CreateRun: _aio.UnaryUnaryMultiCallable[_run_pb2.CreateRunRequest, _run_pb2.CreateRunResponse]
     """Creates a run from an inline graph or a stored version. Idempotent by request_id. INVALID_ARGUMENT names the field;
     ALREADY_EXISTS when run_id is taken; FAILED_PRECONDITION when it cannot finish by its deadline.
     """
-    CreateRunInPieces: _aio.StreamUnaryMultiCallable[_run_pb2.CreateRunInPiecesRequest, _run_pb2.CreateRunInPiecesResponse]  # type: ignore[assignment]
+    CreateRunInPieces: _aio.StreamUnaryMultiCallable[_run_pb2.CreateRunInPiecesRequest, _run_pb2.CreateRunInPiecesResponse]
     """As CreateRun, for graphs over the message limit: the first piece is the request, later ones carry more tasks. Nothing is
     created unless the stream ends well.
     """
-    GetRun: _aio.UnaryUnaryMultiCallable[_run_pb2.GetRunRequest, _run_pb2.GetRunResponse]  # type: ignore[assignment]
+    GetRun: _aio.UnaryUnaryMultiCallable[_run_pb2.GetRunRequest, _run_pb2.GetRunResponse]
     """Reads a run. NOT_FOUND."""
-    ListRuns: _aio.UnaryUnaryMultiCallable[_run_pb2.ListRunsRequest, _run_pb2.ListRunsResponse]  # type: ignore[assignment]
+    ListRuns: _aio.UnaryUnaryMultiCallable[_run_pb2.ListRunsRequest, _run_pb2.ListRunsResponse]
     """Lists runs, newest history included; merges shards in uid order; no snapshot over shards is promised."""
-    CancelRun: _aio.UnaryUnaryMultiCallable[_run_pb2.CancelRunRequest, _run_pb2.CancelRunResponse]  # type: ignore[assignment]
+    CancelRun: _aio.UnaryUnaryMultiCallable[_run_pb2.CancelRunRequest, _run_pb2.CancelRunResponse]
     """Asks a run to stop. Idempotent. A final run stays as it is: FAILED_PRECONDITION unless it is already cancelled."""
-    ListTasks: _aio.UnaryUnaryMultiCallable[_run_pb2.ListTasksRequest, _run_pb2.ListTasksResponse]  # type: ignore[assignment]
+    ListTasks: _aio.UnaryUnaryMultiCallable[_run_pb2.ListTasksRequest, _run_pb2.ListTasksResponse]
     """Lists a run's tasks in index order."""
-    GetTask: _aio.UnaryUnaryMultiCallable[_run_pb2.GetTaskRequest, _run_pb2.GetTaskResponse]  # type: ignore[assignment]
+    GetTask: _aio.UnaryUnaryMultiCallable[_run_pb2.GetTaskRequest, _run_pb2.GetTaskResponse]
     """Reads one task with all attempts and its result. NOT_FOUND."""
-    WatchRun: _aio.UnaryStreamMultiCallable[_run_pb2.WatchRunRequest, _run_pb2.WatchRunResponse]  # type: ignore[assignment]
+    WatchRun: _aio.UnaryStreamMultiCallable[_run_pb2.WatchRunRequest, _run_pb2.WatchRunResponse]
     """Streams the run's events after a number, in order, without gaps, until the run is final. OUT_OF_RANGE (WATCH_COMPACTED)
     when that number is no longer kept.
     """
-    FollowLogs: _aio.UnaryStreamMultiCallable[_run_pb2.FollowLogsRequest, _run_pb2.FollowLogsResponse]  # type: ignore[assignment]
+    FollowLogs: _aio.UnaryStreamMultiCallable[_run_pb2.FollowLogsRequest, _run_pb2.FollowLogsResponse]
     """Streams the captured output of one attempt. NOT_FOUND; UNAVAILABLE when its cluster cannot be reached."""
 
 class RunServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -95,8 +48,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     def CreateRun(
         self,
         request: _run_pb2.CreateRunRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_run_pb2.CreateRunResponse, _abc.Awaitable[_run_pb2.CreateRunResponse]]:
+        context: _aio.ServicerContext[_run_pb2.CreateRunRequest, _abc.Awaitable[_run_pb2.CreateRunResponse]],
+    ) -> _abc.Awaitable[_run_pb2.CreateRunResponse]:
         """Creates a run from an inline graph or a stored version. Idempotent by request_id. INVALID_ARGUMENT names the field;
         ALREADY_EXISTS when run_id is taken; FAILED_PRECONDITION when it cannot finish by its deadline.
         """
@@ -104,9 +57,9 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def CreateRunInPieces(
         self,
-        request_iterator: _MaybeAsyncIterator[_run_pb2.CreateRunInPiecesRequest],
-        context: _ServicerContext,
-    ) -> _typing.Union[_run_pb2.CreateRunInPiecesResponse, _abc.Awaitable[_run_pb2.CreateRunInPiecesResponse]]:
+        request_iterator: _abc.AsyncIterator[_run_pb2.CreateRunInPiecesRequest],
+        context: _aio.ServicerContext[_abc.AsyncIterator[_run_pb2.CreateRunInPiecesRequest], _abc.Awaitable[_run_pb2.CreateRunInPiecesResponse]],
+    ) -> _abc.Awaitable[_run_pb2.CreateRunInPiecesResponse]:
         """As CreateRun, for graphs over the message limit: the first piece is the request, later ones carry more tasks. Nothing is
         created unless the stream ends well.
         """
@@ -115,48 +68,48 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     def GetRun(
         self,
         request: _run_pb2.GetRunRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_run_pb2.GetRunResponse, _abc.Awaitable[_run_pb2.GetRunResponse]]:
+        context: _aio.ServicerContext[_run_pb2.GetRunRequest, _abc.Awaitable[_run_pb2.GetRunResponse]],
+    ) -> _abc.Awaitable[_run_pb2.GetRunResponse]:
         """Reads a run. NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def ListRuns(
         self,
         request: _run_pb2.ListRunsRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_run_pb2.ListRunsResponse, _abc.Awaitable[_run_pb2.ListRunsResponse]]:
+        context: _aio.ServicerContext[_run_pb2.ListRunsRequest, _abc.Awaitable[_run_pb2.ListRunsResponse]],
+    ) -> _abc.Awaitable[_run_pb2.ListRunsResponse]:
         """Lists runs, newest history included; merges shards in uid order; no snapshot over shards is promised."""
 
     @_abc_1.abstractmethod
     def CancelRun(
         self,
         request: _run_pb2.CancelRunRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_run_pb2.CancelRunResponse, _abc.Awaitable[_run_pb2.CancelRunResponse]]:
+        context: _aio.ServicerContext[_run_pb2.CancelRunRequest, _abc.Awaitable[_run_pb2.CancelRunResponse]],
+    ) -> _abc.Awaitable[_run_pb2.CancelRunResponse]:
         """Asks a run to stop. Idempotent. A final run stays as it is: FAILED_PRECONDITION unless it is already cancelled."""
 
     @_abc_1.abstractmethod
     def ListTasks(
         self,
         request: _run_pb2.ListTasksRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_run_pb2.ListTasksResponse, _abc.Awaitable[_run_pb2.ListTasksResponse]]:
+        context: _aio.ServicerContext[_run_pb2.ListTasksRequest, _abc.Awaitable[_run_pb2.ListTasksResponse]],
+    ) -> _abc.Awaitable[_run_pb2.ListTasksResponse]:
         """Lists a run's tasks in index order."""
 
     @_abc_1.abstractmethod
     def GetTask(
         self,
         request: _run_pb2.GetTaskRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_run_pb2.GetTaskResponse, _abc.Awaitable[_run_pb2.GetTaskResponse]]:
+        context: _aio.ServicerContext[_run_pb2.GetTaskRequest, _abc.Awaitable[_run_pb2.GetTaskResponse]],
+    ) -> _abc.Awaitable[_run_pb2.GetTaskResponse]:
         """Reads one task with all attempts and its result. NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def WatchRun(
         self,
         request: _run_pb2.WatchRunRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_run_pb2.WatchRunResponse], _abc.AsyncIterator[_run_pb2.WatchRunResponse]]:
+        context: _aio.ServicerContext[_run_pb2.WatchRunRequest, _abc.AsyncIterator[_run_pb2.WatchRunResponse]],
+    ) -> _abc.AsyncIterator[_run_pb2.WatchRunResponse]:
         """Streams the run's events after a number, in order, without gaps, until the run is final. OUT_OF_RANGE (WATCH_COMPACTED)
         when that number is no longer kept.
         """
@@ -165,8 +118,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     def FollowLogs(
         self,
         request: _run_pb2.FollowLogsRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_run_pb2.FollowLogsResponse], _abc.AsyncIterator[_run_pb2.FollowLogsResponse]]:
+        context: _aio.ServicerContext[_run_pb2.FollowLogsRequest, _abc.AsyncIterator[_run_pb2.FollowLogsResponse]],
+    ) -> _abc.AsyncIterator[_run_pb2.FollowLogsResponse]:
         """Streams the captured output of one attempt. NOT_FOUND; UNAVAILABLE when its cluster cannot be reached."""
 
-def add_RunServiceServicer_to_server(servicer: RunServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+def add_RunServiceServicer_to_server(servicer: RunServiceServicer, server: _aio.Server) -> None: ...

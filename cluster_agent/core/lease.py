@@ -1,9 +1,10 @@
 """Lease arithmetic of the guard: who must get TERM or KILL now, and when to look again. Values in, values out.
 
-Theory: a heartbeat *sent* at `s` and acknowledged carries its generation until `s + F` (PROTOCOL F5, G2). From then on nothing
-of that generation starts (G1) and what runs under it is stopped: TERM at `s + F`, KILL early enough that all is dead at
-`s + F + K`. Three more things end a workload the same way: a stop (F8), its deadline (D1: KILL falls on the deadline, TERM
-one grace period earlier) and its own time-out. The first TERM names the reason; the earliest KILL of all of them counts.
+Theory: a heartbeat *sent* at `s` and acknowledged carries its generation until `s + F` (PROTOCOL F5, G2). From then on
+nothing of that generation starts (G1) and what runs under it is stopped: TERM at `s + F`, KILL early enough that all is
+dead at `s + F + K`. Three more things end a workload the same way: a stop (F8), its deadline (D1: KILL falls on the
+deadline, TERM one grace period earlier) and its own time-out. The first TERM names the reason; the earliest KILL of all
+of them counts.
 
 * Renewals never go back and never lie in the future; a renewal after the lease has passed permits new starts, but what
   was told to end goes on ending.
@@ -21,11 +22,12 @@ from typing import Generic, TypeVar
 K = TypeVar("K", bound=Hashable)
 
 REAP_SECONDS = 0.5
-"""KILL goes out this long before F + K (at most a quarter of K): exit, reaping and one tick must fit. Too small: dead too
-late under load; too large: workloads lose time to end by themselves."""
+"""KILL goes out this long before F + K (at most a quarter of K): exit, reaping and one tick must fit. Too small: dead
+too late under load; too large: workloads lose time to end by themselves."""
 
 REPEAT_SECONDS = 1.0
-"""A KILL is repeated this often until the death is seen; a signal can meet a process between two states. Smaller: noise."""
+"""A KILL is repeated this often until the death is seen; a signal can meet a process between two states. Smaller:
+noise."""
 
 
 class Reason(Enum):
@@ -88,7 +90,8 @@ class _Entry:
     reason: Reason | None = None
     """Set with the first TERM and never changed."""
     kill_at: float = 0.0
-    """Fixed with the first TERM: a later renewal cannot put off a death that was announced, another cut can hasten it."""
+    """Fixed with the first TERM: a later renewal cannot put off a death that was announced, another cut can hasten
+    it."""
     dead_by: float | None = None
     """F + K of the lease that passed; set with a TERM for FENCE."""
     repeat_at: float | None = None
@@ -105,7 +108,8 @@ class Leases(Generic[K]):
         self._entries: dict[K, _Entry] = {}
 
     def configure(self, fence_seconds: float, kill_seconds: float) -> None:
-        """F and K from now on (S8); running attempts are measured by the new values. Raises ValueError unless both > 0."""
+        """F and K from now on (S8); running attempts are measured by the new values. Raises ValueError unless both >
+        0."""
         if not (fence_seconds > 0 and kill_seconds > 0):
             raise ValueError(f"fence ({fence_seconds}) and kill ({kill_seconds}) seconds must be positive")
         self._fence, self._kill = fence_seconds, kill_seconds

@@ -1,8 +1,8 @@
 """`python -m cluster_agent.guard --dir D`: become the guard of directory D, or say why not.
 
-The starter waits for the first process: it ends with 0 when the guard serves, with 3 when another guard lives on D, with 1
-and a line on stderr when it cannot serve. The guard itself goes on in a session of its own, a child of nobody, and writes what
-it has to say to D/guard.err. With `--foreground` it stays (for service managers).
+The starter waits for the first process: it ends with 0 when the guard serves, with 3 when another guard lives on D,
+with 1 and a line on stderr when it cannot serve. The guard itself goes on in a session of its own, a child of nobody,
+and writes what it has to say to D/guard.err. With `--foreground` it stays (for service managers).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 from cluster_agent.executors.base import Features
 from cluster_agent.guard import host, isolation
 from cluster_agent.guard.cgroups import Groups
-from cluster_agent.guard.guard import bury_predecessor, private_directory
 from cluster_agent.guard.ledger import Ledger, LedgerCorrupt, digest
 from cluster_agent.guard.places import Places
+from cluster_agent.guard.predecessor import bury_predecessor, private_directory
 from cluster_agent.guard.protocol import KEEPERS, LOCK
 from cluster_agent.guard.server import Server
 from cluster_agent.guard.workload import Spawner
@@ -30,8 +30,8 @@ ALREADY = 3
 """Exit code: another guard lives on this directory."""
 
 BURY_SECONDS = 8.0
-"""How long a new guard waits for an earlier one's work to be dead. The kernel takes milliseconds; a process stuck on dead
-storage takes for ever, and then this guard must not serve. Below the agent's patience with the start."""
+"""How long a new guard waits for an earlier one's work to be dead. The kernel takes milliseconds; a process stuck on
+dead storage takes for ever, and then this guard must not serve. Below the agent's patience with the start."""
 
 MIN_FREE_BYTES = 16 << 20
 """Free disk below which starts are refused: room for the ledger, logs and results of what runs already."""
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     word, _, words = said.decode().partition(" ")
     if word == "ready":
         return 0
-    print(words or "the guard died at start; see guard.err", file=sys.stderr)
+    os.write(2, f"{words or "the guard died at start; see guard.err"}\n".encode())
     return ALREADY if word == "already" else 1
 
 
@@ -77,7 +77,7 @@ def serve(directory: Path, options: argparse.Namespace, ready: int | None) -> in
             os.write(ready, f"{word} {words}".encode())
             os.close(ready)
         elif words:
-            print(words, file=sys.stderr)
+            os.write(2, f"{words}\n".encode())
 
     lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

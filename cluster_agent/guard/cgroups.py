@@ -1,8 +1,8 @@
 """Control groups, v1 and v2: memory, CPU and process-count limits that hold for a whole tree.
 
-What works is found by trying: at start the guard makes a group under its own one, for each controller, and writes a limit into
-it. Hosts differ (v1, v2, hybrid, delegated or not, read-only in containers), and mount tables promise more than is granted.
-Groups are made only for workloads with limits; killing does not depend on them (keeper.py).
+What works is found by trying: at start the guard makes a group under its own one, for each controller, and writes a
+limit into it. Hosts differ (v1, v2, hybrid, delegated or not, read-only in containers), and mount tables promise more
+than is granted. Groups are made only for workloads with limits; killing does not depend on them (keeper.py).
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def _v1_parents(name: str) -> dict[str, Path]:
 def _v2_parents(name: str) -> dict[str, Path]:
     """Our directory in the v2 tree with its controllers switched on for children, as far as that is granted.
 
-    A group with processes cannot hand controllers down, so this works at the root, or where the agent's service was started
-    in a sub-group of a delegated one (its parent is used then).
+    A group with processes cannot hand controllers down, so this works at the root, or where the agent's service was
+    started in a sub-group of a delegated one (its parent is used then).
     """
     mount, own = _mounts("cgroup2").get(""), _own_paths().get("")
     if mount is None or own is None:
@@ -182,7 +182,7 @@ def _own_paths() -> dict[str, str]:
     found: dict[str, str] = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _number, controllers, path = line.split(":", 2)
-        found.update({name: path for name in controllers.split(",")})
+        found.update(dict.fromkeys(controllers.split(","), path))
     return found
 
 

@@ -1,8 +1,9 @@
 """The guard's rules: requests in, events out, one thread (PROTOCOL G1-G5, F3-F5, F8). The socket is in `server`.
 
 Order is safety here. The clock is read before each request and first thing after a pause, and what the clock orders is
-carried out before what the agent asks (G1). A start is on disk before its spawn (F4); a refusal or a stop is on disk, fsynced,
-before anybody hears of it (F8). An exit is told when the last process of the attempt is gone, and kept until `forget`.
+carried out before what the agent asks (G1). A start is on disk before its spawn (F4); a refusal or a stop is on disk,
+fsynced, before anybody hears of it (F8). An exit is told when the last process of the attempt is gone, and kept until
+`forget`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import select
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
 
 from cluster_agent.core.lease import Action, Bounds, Leases, Order, Reason
 from cluster_agent.executors.base import AttemptKey, Cause, CensusEntry, Exited, Features, Phase, StartRequest
@@ -32,7 +32,8 @@ from cluster_agent.guard.protocol import (
 from cluster_agent.guard.workload import Spawner, Workload, needs_tree_polling, outcome, resolve
 
 MAX_WORKLOADS = 4096
-"""Running at once. Each takes four descriptors and a keeper of about 2 MiB; more would meet the host's limits unannounced."""
+"""Running at once. Each takes four descriptors and a keeper of about 2 MiB; more would meet the host's limits
+unannounced."""
 
 CENSUS_CHUNK = 64
 """Entries per census message: at the result limit such a message has 1.5 MiB."""
@@ -62,7 +63,8 @@ class Guard:
         self._leases: Leases[str] = Leases()
         self._live: dict[str, Workload] = {}
         self._unwritten: dict[str, tuple[str | None, bool]] = {}
-        """Tombstones a full disk would not take: key -> (refusal to tell then, stop to confirm then). Barred meanwhile."""
+        """Tombstones a full disk would not take: key -> (refusal to tell then, stop to confirm then). Barred
+        meanwhile."""
         self._busy_groups: list[Workload] = []
         self._unrecorded: dict[str, Message] = {}
         """Exits a full disk would not take; told already, written when there is room."""
@@ -154,7 +156,7 @@ class Guard:
         key = request.key.text()
         if key in self._live or key in self._unwritten:
             return
-        refusal = self._refusal(request, now)
+        refusal, paths = self._refusal(request, now), {}
         if refusal is None:
             try:
                 paths = self._places.prepare(request.key, request.inputs)
@@ -245,9 +247,9 @@ class Guard:
     def _buried(self, workload: Workload) -> None:
         """The keeper is dead, and with it everything (see keeper.py)."""
         key = workload.name
-        os.waitpid(workload.keeper_pid, 0)
+        if os.waitpid(workload.keeper_pid, os.WNOHANG)[0] == 0:
+            return  # a stale readiness: its descriptor number was used again within one poll
         self._unwatch(workload.pidfd)
-        self._unwatch(workload.status_fd)
         self._heard(workload)
         self._unwatch(workload.status_fd)
         if workload.wait_status is None:
@@ -262,7 +264,9 @@ class Guard:
         if workload.group is not None and not workload.group.remove():
             self._busy_groups.append(workload)
         self._exited(exited)
-        if workload.confirm_stop:
+        if workload.confirm_stop and key in self._unwritten:
+            self._unwritten[key] = (None, True)
+        elif workload.confirm_stop:
             self._emit({"ev": "stopped", "keys": [key]})
 
     def _exited(self, exited: Exited) -> None:
@@ -385,35 +389,3 @@ class Guard:
                 if dead.si_pid in ours:
                     return
                 os.waitpid(dead.si_pid, os.WNOHANG)
-
-
-def bury_predecessor(ledger: Ledger, keepers_gone: Callable[[], bool], timeout_seconds: float) -> list[str]:
-    """Wait until everything an earlier guard ran is dead, then record it as LOST (F4). Returns the keys.
-
-    Raises TimeoutError when something is still alive: then nothing may be said about it, and nothing served.
-    """
-    deadline = host.boot() + timeout_seconds
-    while ledger.same_boot:
-        alive = [
-            f"{key} (keeper {record.keeper_pid})"
-            for key, record in ledger.started_keys.items()
-            if record.keeper_pid and proctree.alive(record.keeper_pid, record.keeper_ticks)
-        ]
-        if not alive and keepers_gone():
-            break
-        if host.boot() > deadline:
-            raise TimeoutError(f"work of an earlier guard is still alive: {', '.join(alive) or 'unknown keepers'}")
-        select.select([], [], [], 0.01)
-    lost = list(ledger.started_keys)
-    words = "the guard died with it" if ledger.same_boot else "the host was booted again"
-    for key in lost:
-        started = ledger.started_keys[key].wall
-        exited = Exited(AttemptKey.parse(key), Cause.LOST, None, None, started, host.wall(), message=words)
-        ledger.exited(key, exit_to_wire(exited))
-    return lost
-
-
-def private_directory(path: Path) -> Path:
-    """`path`, made if need be, readable by this user only. Raises OSError."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return path.resolve()

@@ -1,7 +1,7 @@
 """What the guard asks of the kernel and Python does not offer: its clock, clone(2), prctl(2), mount(2).
 
-The guard reads CLOCK_BOOTTIME here and not through `baton.clock`: that module loads asyncio, and the guard forks for every
-workload, so what it loads is paid at each spawn.
+The guard reads CLOCK_BOOTTIME here and not through `baton.clock`: that module loads asyncio, and the guard forks for
+every workload, so what it loads is paid at each spawn.
 """
 
 from __future__ import annotations

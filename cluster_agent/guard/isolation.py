@@ -1,8 +1,8 @@
 """How workloads are tied to the guard's life here: found by trying it at start (PROTOCOL G4).
 
 From best to least: a PID namespace with its own /proc; one without; the same inside a user namespace (ordinary users);
-nothing but subreapers (keeper.py). The trial is the promise itself: a child in the namespace starts a grandchild that leaves
-its session, the child is killed, and the grandchild must be gone with it.
+nothing but subreapers (keeper.py). The trial is the promise itself: a child in the namespace starts a grandchild that
+leaves its session, the child is killed, and the grandchild must be gone with it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""The keeper: one small process between the guard and each workload, so that nothing of the workload can outlive either.
+"""The keeper: one small process between the guard and each workload, so that nothing of the workload can outlive
+either.
 
-Theory (PROTOCOL G4): with PID namespaces the keeper is init of the workload's own namespace and asks to be killed when the
-guard's thread dies. When init dies, the kernel kills every process of the namespace, whatever it did with setsid and double
-forks, and only then reports init as dead: waiting for the keeper *is* the proof of death. The namespaces may not be
-permitted; then the keeper is a subreaper, sees the guard's death as end of file on the `lives` pipe, and kills its
-descendants until none is left. That is a strong effort and no proof (someone may kill the keeper itself), so Features says
-`orphan_killer: false`.
+Theory (PROTOCOL G4): with PID namespaces the keeper is init of the workload's own namespace and asks to be killed when
+the guard's thread dies. When init dies, the kernel kills every process of the namespace, whatever it did with setsid
+and double forks, and only then reports init as dead: waiting for the keeper *is* the proof of death. The namespaces may
+not be permitted; then the keeper is a subreaper, sees the guard's death as end of file on the `lives` pipe, and kills
+its descendants until none is left. That is a strong effort and no proof (someone may kill the keeper itself), so
+Features says `orphan_killer: false`.
 
 The keeper also copies the workload's output into its log up to a cap, so a chatty workload costs the guard nothing.
 It runs in a fork of the guard: it never returns, and it uses only what the guard already loaded.
@@ -19,7 +20,6 @@ import os
 import resource
 import select
 import signal
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,7 +30,8 @@ DRAIN_BYTES = 1 << 20
 """Output read after the workload's main process ended; more can only come from a process that is about to be killed."""
 
 POLL_MILLIS = 20
-"""How often a keeper without a namespace looks for survivors while it kills; smaller burns CPU, larger delays the exit."""
+"""How often a keeper without a namespace looks for survivors while it kills; smaller burns CPU, larger delays the
+exit."""
 
 OPEN_FILES = 65_536
 """Hard limit of open files of a workload (or the host's, if lower): servers fit, a leak cannot eat the host's table."""
@@ -266,7 +267,6 @@ def _become_workload(plan: Plan, output: int, said: int, host_proc: int) -> None
         text = f"{error.strerror or error}" if isinstance(error, OSError) else repr(error)
         os.write(said, f"{plan.program}: {text}".replace("\n", " ").encode()[:900])
     finally:
-        sys.stdout = sys.stderr = None  # type: ignore[assignment]
         os._exit(127)
 
 

@@ -1,14 +1,16 @@
-"""The guard's memory on disk: which keys were ever started, refused or tombstoned, and how they ended (PROTOCOL F4, F8).
+"""The guard's memory on disk: which keys were ever started, refused or tombstoned, and how they ended (PROTOCOL F4,
+F8).
 
-Theory: *at most one spawn per key, for the life of this directory*. A start is appended before the spawn, so after a crash
-of the guard every key with a start and no exit is known as LOST and is never started again. It is not fsynced: the page cache
-outlives the guard, and what kills the page cache (another boot) kills every process too. Tombstones are fsynced before anybody
-hears of them.
+Theory: *at most one spawn per key, for the life of this directory*. A start is appended before the spawn, so after a
+crash of the guard every key with a start and no exit is known as LOST and is never started again. It is not fsynced:
+the page cache outlives the guard, and what kills the page cache (another boot) kills every process too. Tombstones are
+fsynced before anybody hears of them.
 
-`ledger` holds what is still of interest, one record a line: `crc32 kind json`. A torn last line is cut off; a bad line before
-it means that the file was damaged, and then nothing may be started: LedgerCorrupt. Forgotten keys shrink to 8-byte digests in
-`ledger.old`; a chance collision of digests refuses a start, it never permits one. When SEGMENT of them have gathered, the
-live file is written anew, so both files and the time to read them stay bounded by the work of interest plus 8 bytes a key.
+`ledger` holds what is still of interest, one record a line: `crc32 kind json`. A torn last line is cut off; a bad line
+before it means that the file was damaged, and then nothing may be started: LedgerCorrupt. Forgotten keys shrink to
+8-byte digests in `ledger.old`; a chance collision of digests refuses a start, it never permits one. When SEGMENT of
+them have gathered, the live file is written anew, so both files and the time to read them stay bounded by the work of
+interest plus 8 bytes a key.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ from typing import Any
 from zlib import crc32
 
 SEGMENT = 65_536
-"""Forgotten keys per sorted block. Smaller: the ledger is rewritten more often; larger: a longer pause to sort (here ~10 ms)."""
+"""Forgotten keys per sorted block. Smaller: the ledger is rewritten more often; larger: a longer pause to sort (here
+~10 ms)."""
 
 MAX_TOMBSTONES = 65_536
-"""Tombstones listed in the census; the oldest beyond it shrink to digests. They stay unstartable, only the list forgets them."""
+"""Tombstones listed in the census; the oldest beyond it shrink to digests. They stay unstartable, only the list forgets
+them."""
 
 RESERVE_BYTES = 1 << 20
 """Given back to a full disk so that tombstones still fit (about 10,000 of them); smaller would only cover a moment."""

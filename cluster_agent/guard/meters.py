@@ -1,7 +1,8 @@
-"""Limits the kernel does not hold for us: disk use of a private directory, and memory and processes where no cgroup counts.
+"""Limits the kernel does not hold for us: disk use of a private directory, and memory and processes where no cgroup
+counts.
 
-Looking costs time that the lease timers need, so a directory is walked in small steps over many ticks, and /proc is read once
-a tick for all workloads together, only while some workload needs it.
+Looking costs time that the lease timers need, so a directory is walked in small steps over many ticks, and /proc is
+read once a tick for all workloads together, only while some workload needs it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from cluster_agent.executors.base import Limits
 from cluster_agent.guard import proctree
 
 STEP_ENTRIES = 256
-"""Directory entries looked at per workload and tick: about 1 ms. Smaller finds overuse later, larger delays the timers."""
+"""Directory entries looked at per workload and tick: about 1 ms. Smaller finds overuse later, larger delays the
+timers."""
 
 
 class DiskMeter:

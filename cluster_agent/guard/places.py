@@ -24,13 +24,15 @@ RESULT, INPUTS = ".baton-result", ".baton-inputs.json"
 """Inside the working directory; hidden, so that a workload that lists its directory finds it empty."""
 
 LOG_BYTES = 1 << 30
-"""All finished logs together. Enough for 128 tasks at the output cap or a day of ordinary ones; more would eat a laptop."""
+"""All finished logs together. Enough for 128 tasks at the output cap or a day of ordinary ones; more would eat a
+laptop."""
 LOG_FILES = 50_000
 """Finished log files; directories far beyond it get slow to list."""
 LOG_SECONDS = 7 * 86_400.0
 """A week: somebody who looks after a long weekend still finds them."""
 CHECKPOINT_SECONDS = 7 * 86_400.0
-"""Checkpoints untouched this long belong to runs that are over; shorter would take one from a task that waits for capacity."""
+"""Checkpoints untouched this long belong to runs that are over; shorter would take one from a task that waits for
+capacity."""
 READ_BYTES = 1 << 20
 """One log read; larger would hold up the lease timers."""
 

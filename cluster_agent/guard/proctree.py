@@ -1,7 +1,7 @@
 """Process trees as /proc tells them: who descends from a keeper, whether a recorded process is still there.
 
-A keeper adopts the orphans of its workload (as init of a PID namespace, or as a subreaper), so its descendants are the whole
-workload, double forks and setsid included. A pid alone is no identity; (pid, start ticks) is, within one boot.
+A keeper adopts the orphans of its workload (as init of a PID namespace, or as a subreaper), so its descendants are the
+whole workload, double forks and setsid included. A pid alone is no identity; (pid, start ticks) is, within one boot.
 """
 
 from __future__ import annotations

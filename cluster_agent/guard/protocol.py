@@ -1,9 +1,10 @@
-"""The words between an agent and its guard: batches as JSON objects, each behind a four-byte length, on a Unix stream socket.
+"""The words between an agent and its guard: batches as JSON objects, each behind a four-byte length, on a Unix stream
+socket.
 
 The guard's socket lies in its directory; a path over 107 bytes does not fit a socket address, so both ends go through
-`/proc/self/fd/N` of the open directory. Agent to guard: `{"op": ...}`; guard to agent: `{"ev": ...}`. Both ends come from one
-installation, but not from one moment: a guard outlives upgrades of its agent, so VERSION is checked at hello and unknown
-fields are ignored.
+`/proc/self/fd/N` of the open directory. Agent to guard: `{"op": ...}`; guard to agent: `{"ev": ...}`. Both ends come
+from one installation, but not from one moment: a guard outlives upgrades of its agent, so VERSION is checked at hello
+and unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from cluster_agent.executors.base import AttemptKey, CensusEntry, Cause, Exited, Limits, Phase, StartRequest
+from cluster_agent.executors.base import AttemptKey, Cause, CensusEntry, Exited, Limits, Phase, StartRequest
 
 VERSION = 1
 """Raised when an old guard would misread a new agent; such a guard is left to end its work and is then replaced."""

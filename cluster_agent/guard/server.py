@@ -1,8 +1,8 @@
 """The guard's loop: one epoll for the agent's socket, the keepers' pipes and their pidfds. One agent at a time.
 
-A new connection closes the old one at once; what was not read from it is void, and only then is the census taken (G3). An
-agent that does not read (it may be stopped) costs a bounded buffer: past it the connection is closed, and the agent learns all
-from the census when it is back, since exits are kept.
+A new connection closes the old one at once; what was not read from it is void, and only then is the census taken (G3).
+An agent that does not read (it may be stopped) costs a bounded buffer: past it the connection is closed, and the agent
+learns all from the census when it is back, since exits are kept.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import select
 import signal
 import socket
-import sys
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +25,8 @@ from cluster_agent.guard.protocol import SOCKET, Frames, Message, ProtocolError,
 from cluster_agent.guard.workload import Spawner
 
 TICK_SECONDS = 0.15
-"""Between signs of life (the agent's heartbeats wait for one, G2). Smaller burns an idle host; larger delays heartbeats."""
+"""Between signs of life (the agent's heartbeats wait for one, G2). Smaller burns an idle host; larger delays
+heartbeats."""
 
 SWEEP_SECONDS = 60.0
 """Between looks at retention."""
@@ -34,9 +35,14 @@ MAX_UNSENT = 32 << 20
 """Events an agent left unread, beside its census. A stopped agent reaches it after some hundred thousand exits."""
 
 END_GRACE_SECONDS = 5.0
-"""What workloads get between TERM and KILL when the guard itself is told to end; service managers wait longer than this."""
+"""What workloads get between TERM and KILL when the guard itself is told to end; service managers wait longer than
+this."""
 
 READ_BYTES = 1 << 18
+
+SLICE_SECONDS = 0.02
+"""Requests in a row (about eight spawns) before exits are looked at. Smaller costs polls, larger delays news of
+exits."""
 
 
 class Server:
@@ -51,6 +57,7 @@ class Server:
         self._listener = _listen(directory)
         self._connection: socket.socket | None = None
         self._frames = Frames()
+        self._requests: deque[Message] = deque()
         self._unsent = bytearray()
         self._unsent_limit = MAX_UNSENT
         self._ticked = self._swept = 0.0
@@ -77,20 +84,25 @@ class Server:
                 callback = self._callbacks.get(fd)
                 if callback is not None:
                     callback()
+            self._work()
             self._flush()
+        self._send({"ev": "bye"})
         self._flush()
         if self._connection is not None:
             self._connection.close()
 
     def _patience(self) -> float:
-        """Seconds until the next tick or order."""
+        """Seconds until the next tick or order; none while requests wait."""
+        if self._requests:
+            return 0.0
         now = host.boot()
         at = self._ticked + TICK_SECONDS
         wakeup = self.guard.next_wakeup()
         return max(0.0, (at if wakeup is None else min(at, wakeup)) - now)
 
     def _breathe(self) -> float:
-        """Read the clock and do what it orders; returns the time. First thing after each pause, and between requests."""
+        """Read the clock and do what it orders; returns the time. First thing after each pause, and between
+        requests."""
         now = host.boot()
         wakeup = self.guard.next_wakeup()
         if wakeup is not None and wakeup <= now:
@@ -118,31 +130,46 @@ class Server:
         self._watch(connection.fileno(), self._converse)
 
     def _converse(self) -> None:
-        """Read once and answer all of it; errors of the other end cost it the connection, never us our life."""
-        connection = self._connection
-        if connection is None:
+        """Read once, when everything read before is done: an agent that asks faster than we spawn waits in its
+        socket."""
+        if self._connection is None or self._requests:
             return
         try:
-            data = connection.recv(READ_BYTES)
+            data = self._connection.recv(READ_BYTES)
             if not data:
                 raise ConnectionResetError("the agent left")
             for message in self._frames.feed(data):
-                self._serve(message)
+                wires = message["requests"] if message["op"] == "start" else ()
+                self._requests.extend({"op": "start one", "request": wire} for wire in wires)
+                if message["op"] != "start":
+                    self._requests.append(message)
         except BlockingIOError:
             return
         except ConnectionError:
             self._drop()
-        except (ProtocolError, KeyError, TypeError, ValueError) as error:
-            print(f"guard: request refused, connection closed: {error!r}", file=sys.stderr, flush=True)
-            self._drop()
+        except (ProtocolError, KeyError, TypeError) as error:
+            self._refuse(error)
 
-    def _serve(self, message: Message) -> None:
-        now = self._breathe()
-        if message["op"] != "start":
-            self.guard.handle(message, now)
-            return
-        for wire in message["requests"]:
-            self.guard.start(wire, self._breathe())
+    def _work(self) -> None:
+        """Carry out requests in order for a slice of time; exits and timers are looked at between slices."""
+        until = host.boot() + SLICE_SECONDS
+        while self._requests:
+            now = self._breathe()
+            if now >= until:
+                return
+            message = self._requests.popleft()
+            try:
+                if message["op"] == "start one":
+                    self.guard.start(message["request"], now)
+                else:
+                    self.guard.handle(message, now)
+            except (KeyError, TypeError, ValueError) as error:
+                self._refuse(error)
+
+    def _refuse(self, error: Exception) -> None:
+        """Nonsense costs the other end its connection, never us our life."""
+        os.write(2, f"{f"guard: request refused, connection closed: {error!r}"}\n".encode())
+        self._drop()
 
     def _send(self, message: Message) -> None:
         if self._connection is None:
@@ -176,6 +203,7 @@ class Server:
             with suppress(OSError):
                 connection.send(encode({"ev": "superseded"}))
         connection.close()
+        self._requests.clear()
         self._unsent = bytearray()
 
     def _watch(self, fd: int, callback: Callable[[], None]) -> None:

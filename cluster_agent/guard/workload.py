@@ -19,8 +19,9 @@ from cluster_agent.guard.meters import DiskMeter
 from cluster_agent.guard.places import Places
 
 RLIMIT_SLACK = 2
-"""Where no cgroup counts memory, a process may map this many times its limit: polling of resident memory finds the breach
-and names it, the rlimit only stops what is faster than polling. 1 would fail programs that reserve more than they use."""
+"""Where no cgroup counts memory, a process may map this many times its limit: polling of resident memory finds the
+breach and names it, the rlimit only stops what is faster than polling. 1 would fail programs that reserve more than
+they use."""
 
 
 @dataclass(slots=True)
@@ -150,7 +151,8 @@ class Spawner:
 
 
 def resolve(argv0: str, env: Mapping[str, str], directory: Path) -> str:
-    """The program's path, by the workload's own PATH. Raises FileNotFoundError naming what was looked for, and where."""
+    """The program's path, by the workload's own PATH. Raises FileNotFoundError naming what was looked for, and
+    where."""
     if "/" in argv0:
         path = os.path.join(directory, argv0)
         if not os.path.exists(path):

@@ -9,7 +9,7 @@ Cancelling a call that has left does not call it back.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
 
 from baton.clock import Clock
@@ -95,7 +95,7 @@ class MemoryStore:
 
         return await self._call("range", prefix, timeout, read, Unavailable, Unavailable)
 
-    async def watch(self, prefix: str, *, from_revision: int) -> AsyncIterator[WatchBatch]:
+    async def watch(self, prefix: str, *, from_revision: int) -> AsyncGenerator[WatchBatch, None]:
         """See `base.Store.watch`."""
         cursor = from_revision
         while not self._closed:

@@ -74,9 +74,9 @@ class Keyspace:
             if kv is None:
                 continue
             if limit and len(found) == limit:
-                return RangeResult(tuple(found), self.revision, more=True)
+                return RangeResult(tuple(found), revision or self.revision, more=True)
             found.append(_without_value(kv) if keys_only else kv)
-        return RangeResult(tuple(found), self.revision)
+        return RangeResult(tuple(found), revision or self.revision)
 
     def changes(self, prefix: str, start: int) -> tuple[int, WatchBatch | None]:
         """The next changes under `prefix` at or after revision `start`, and the first revision not looked at yet.

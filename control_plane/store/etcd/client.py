@@ -8,7 +8,7 @@ keys live under one prefix, so that a shared etcd can serve others, and the pref
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -26,7 +26,6 @@ from control_plane.store.base import (
     NotApplied,
     Put,
     RangeResult,
-    StoreError,
     StoreStatus,
     Txn,
     TxnResult,
@@ -36,7 +35,7 @@ from control_plane.store.base import (
 from control_plane.store.etcd import channel as rpc
 from control_plane.store.etcd import codec
 from control_plane.store.etcd.channel import Lane, TlsFiles, WireError
-from control_plane.store.etcd.watch import EtcdWatch
+from control_plane.store.etcd.watch import STALL, EtcdWatch
 from control_plane.store.rules import check_txn, granted_ttl
 
 R = TypeVar("R")
@@ -53,15 +52,23 @@ _RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 class EtcdStore:
-    """See the module. `endpoints` are `host:port`; `key_prefix` must end in `/` (or be empty)."""
+    """See the module. `endpoints` are `host:port`; `key_prefix` must end in `/` (or be empty); `watch_stall` is
+    `watch.STALL`, in seconds."""
 
     def __init__(
-        self, endpoints: Sequence[str], *, tls: TlsFiles | None = None, key_prefix: str = "baton/", clock: Clock
+        self,
+        endpoints: Sequence[str],
+        *,
+        tls: TlsFiles | None = None,
+        key_prefix: str = "baton/",
+        clock: Clock,
+        watch_stall: float = STALL,
     ) -> None:
         if key_prefix and not key_prefix.endswith("/"):
             raise ValueError(f"key_prefix {key_prefix!r} must end in /, or it would also cover its siblings' keys")
         self._prefix = key_prefix.encode("ascii")
         self._clock = clock
+        self._watch_stall = watch_stall
         self._kv = Lane(endpoints, tls)
         self._leases = Lane(endpoints, tls)
         self._watches = Lane(endpoints, tls)
@@ -87,7 +94,7 @@ class EtcdStore:
     async def get(self, key: str, *, timeout: float) -> tuple[KeyValue | None, int]:
         """See `base.Store.get`."""
         request = wire.EtcdRangeRequest(key=self._key(key))
-        response = await self._read("get", self._range_call(request), timeout)
+        response = await self._told("get", self._read("get", self._range_call(request), timeout))
         kv = codec.key_value(response.kvs[0], len(self._prefix)) if response.kvs else None
         return kv, response.header.revision
 
@@ -127,14 +134,12 @@ class EtcdStore:
             request.revision = request.revision or response.header.revision
             found.extend(codec.key_value(kv, len(self._prefix)) for kv in response.kvs)
             if not response.more or (limit and len(found) >= limit):
-                shown = revision or request.revision
-                return RangeResult(tuple(found), response.header.revision if revision else shown, response.more)
+                return RangeResult(tuple(found), request.revision, response.more)
             request.key = response.kvs[-1].key + b"\x00"
 
-    async def watch(self, prefix: str, *, from_revision: int) -> AsyncIterator[WatchBatch]:
+    async def watch(self, prefix: str, *, from_revision: int) -> AsyncGenerator[WatchBatch, None]:
         """See `base.Store.watch`."""
-        watch = EtcdWatch(self._watches, self._clock, self._key(prefix), len(self._prefix), lambda: self._closed)
-        async with aclosing(watch.batches(from_revision)) as batches:
+        async with aclosing(self._open_watch(prefix).batches(from_revision)) as batches:
             async for batch in batches:
                 yield batch
 
@@ -195,6 +200,16 @@ class EtcdStore:
         for lane in (self._kv, self._leases, self._watches):
             await lane.close()
 
+    def _open_watch(self, prefix: str) -> EtcdWatch:
+        return EtcdWatch(
+            self._watches,
+            self._clock,
+            self._key(prefix),
+            strip=len(self._prefix),
+            stall=self._watch_stall,
+            closed=lambda: self._closed,
+        )
+
     # -- reads ---------------------------------------------------------------------------------------------------------
 
     def _key(self, key: str) -> bytes:
@@ -237,9 +252,8 @@ class EtcdStore:
 
     async def _oldest_revision(self, wanted: int) -> int:
         """The oldest readable revision. A range's refusal does not name it, but that of a watch from the start does."""
-        watch = EtcdWatch(self._watches, self._clock, self._prefix, len(self._prefix), lambda: self._closed)
         try:
-            async with aclosing(watch.batches(1)) as batches:
+            async with aclosing(self._open_watch("").batches(1)) as batches:
                 await anext(batches, None)
         except Compacted as known:
             return known.revision

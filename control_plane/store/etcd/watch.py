@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -37,16 +37,20 @@ _log = logging.getLogger(__name__)
 
 
 class EtcdWatch:
-    """One watch of the keys under `prefix`; `strip` bytes are cut from their names. Ends when `closed` says so."""
+    """One watch of the keys under `prefix`; `strip` bytes are cut from their names; `stall` as `STALL`. Ends when
+    `closed` says so."""
 
-    def __init__(self, lane: Lane, clock: Clock, prefix: bytes, strip: int, closed: Callable[[], bool]) -> None:
+    def __init__(
+        self, lane: Lane, clock: Clock, prefix: bytes, *, strip: int, stall: float, closed: Callable[[], bool]
+    ) -> None:
         self._lane = lane
         self._clock = clock
         self._prefix = prefix
         self._strip = strip
+        self._stall = stall
         self._closed = closed
 
-    async def batches(self, from_revision: int) -> AsyncIterator[WatchBatch]:
+    async def batches(self, from_revision: int) -> AsyncGenerator[WatchBatch, None]:
         """Batches from that revision on, over as many streams as it takes. Raises Compacted."""
         wanted = from_revision
         pause = FIRST_PAUSE
@@ -66,7 +70,7 @@ class EtcdWatch:
             await self._clock.sleep(pause)
             pause = min(2 * pause, MAX_PAUSE)
 
-    async def _one_stream(self, wanted: int) -> AsyncIterator[WatchBatch]:
+    async def _one_stream(self, wanted: int) -> AsyncGenerator[WatchBatch, None]:
         """Batches of one stream. Raises Compacted, and WireError when the stream is over."""
         events: list[WatchEvent] = []
         async with aclosing(self._messages(wanted)) as messages:
@@ -90,7 +94,7 @@ class EtcdWatch:
                     batch, events = WatchBatch(reached, tuple(events)), []
                     yield batch
 
-    async def _messages(self, wanted: int) -> AsyncIterator[wire.EtcdWatchResponse]:
+    async def _messages(self, wanted: int) -> AsyncGenerator[wire.EtcdWatchResponse, None]:
         """Messages of one stream. Raises WireError on its end, on failure, and on silence."""
         create = wire.EtcdWatchCreateRequest(
             key=self._prefix,
@@ -106,7 +110,7 @@ class EtcdWatch:
             asked = False
             while True:
                 reading = reading or asyncio.ensure_future(call.read())
-                done, _ = await asyncio.wait((reading,), timeout=STALL)
+                done, _ = await asyncio.wait((reading,), timeout=self._stall)
                 if not done and asked:
                     raise WireError(grpc.StatusCode.DEADLINE_EXCEEDED, "no sign of life")
                 if not done:
@@ -128,7 +132,7 @@ class EtcdWatch:
     async def _write(self, call: Any, request: wire.EtcdWatchRequest) -> None:
         with self._lane.translated():
             try:
-                await asyncio.wait_for(call.write(request), STALL)
+                await asyncio.wait_for(call.write(request), self._stall)
             except TimeoutError as error:
                 late = "the request could not be written in time"
                 raise WireError(grpc.StatusCode.DEADLINE_EXCEEDED, late) from error

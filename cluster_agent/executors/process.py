@@ -1,0 +1,347 @@
+"""The process executor: the agent's end of the guard (PROTOCOL G1-G3).
+
+The guard does the work and outlives us; this adapter finds or starts it, turns calls into batches and its messages into
+events. It decides nothing. A guard that does not answer in time is *unknown*, never dead: only its released lock proves
+that it is gone, and then events say GuardLost and end. They also end when another agent took the guard over. Then, or
+after ConnectionError from a call, `connect` again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import fcntl
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import cluster_agent
+from baton.clock import Clock
+from cluster_agent.executors.base import (
+    AttemptKey,
+    CensusEntry,
+    ExecutorEvent,
+    Exited,
+    Features,
+    GuardLost,
+    Refused,
+    Started,
+    StartRequest,
+    Stopped,
+)
+from cluster_agent.guard.protocol import (
+    LOCK,
+    VERSION,
+    Frames,
+    Message,
+    SocketDirectory,
+    encode,
+    entry_from_wire,
+    exit_from_wire,
+    start_to_wire,
+)
+
+CONNECT_SECONDS = 15.0
+"""To find or start a guard and hear its census. A new guard may wait 8 s for an earlier one's work to be dead."""
+
+CALL_SECONDS = 10.0
+"""For the guard to take a batch or answer a read. It ticks every 150 ms; one that is silent this long is stopped or
+stuck."""
+
+DEATH_SECONDS = 2.0
+"""After the connection broke, for the kernel to release a dead guard's lock. Longer only delays the news of a
+takeover."""
+
+RETRY_SECONDS = 0.02
+"""Between looks at a guard that is starting or dying."""
+
+START_BATCH_BYTES = 1 << 20
+"""Of start requests in one message: renewals and stops sent after it do not wait behind a longer one."""
+
+MAX_UNREAD_EVENTS = 10_000
+"""Events the agent has not taken; then we stop reading the guard, which bounds its own side. Smaller stalls big
+batches."""
+
+READ_BYTES = 1 << 18
+
+
+class ProcessExecutor:
+    """Adapter of the Executor port (executors/base.py) over the guard of `directory`.
+
+    `guard_argv`: how to run the guard, without `--dir`; default: this interpreter.
+    """
+
+    def __init__(self, directory: Path, clock: Clock, *, guard_argv: Sequence[str] | None = None) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._guard_argv = tuple(guard_argv or (sys.executable, "-S", "-m", "cluster_agent.guard"))
+        self._features: Features | None = None
+        self._ticked_at = 0.0
+        self._guard_pid = 0
+        self._told_lost = False
+        self._said_bye = False
+        """The guard ended in order: nothing of its work is left."""
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._unread: list[ExecutorEvent] = []
+        self._changed = asyncio.Condition()
+        self._ended = True
+        self._reads: dict[int, asyncio.Future[tuple[bytes, bool]]] = {}
+        self._read_id = 0
+
+    async def connect(self) -> Sequence[CensusEntry]:
+        """See Executor. Raises ConnectionError when no guard can be had (with its words), TimeoutError when one is
+        silent."""
+        await self.close()
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place = SocketDirectory(self._directory)
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                reader, writer = await self._join(place.address)
+                try:
+                    messages = await self._hear_census(reader)
+                except BaseException:
+                    writer.close()
+                    raise
+        finally:
+            place.close()
+        self._writer, self._ended, self._unread = writer, False, []
+        return self._begin(reader, *messages)
+
+    def features(self) -> Features:
+        """See Executor. Raises ConnectionError before the first `connect`."""
+        if self._features is None:
+            raise ConnectionError("not connected to a guard")
+        return self._features
+
+    def ticked_at(self) -> float:
+        """See Executor."""
+        return self._ticked_at
+
+    @property
+    def guard_pid(self) -> int:
+        """Process id of the guard last connected to; 0 before."""
+        return self._guard_pid
+
+    async def configure(self, fence_seconds: float, kill_seconds: float) -> None:
+        """See Executor."""
+        await self._ask({"op": "configure", "fence": fence_seconds, "kill": kill_seconds})
+
+    async def renew(self, generation: int, sent_boot: float) -> None:
+        """See Executor."""
+        await self._ask({"op": "renew", "gen": generation, "sent": sent_boot})
+
+    async def adopt(self, keys: Sequence[AttemptKey], generation: int) -> None:
+        """See Executor."""
+        await self._ask({"op": "adopt", "keys": [key.text() for key in keys], "gen": generation})
+
+    async def start(self, requests: Sequence[StartRequest]) -> None:
+        """See Executor."""
+        for batch in _batches(requests):
+            await self._ask({"op": "start", "requests": batch})
+
+    async def stop(self, keys: Sequence[AttemptKey], *, grace_seconds: float) -> None:
+        """See Executor."""
+        await self._ask({"op": "stop", "keys": [key.text() for key in keys], "grace": grace_seconds})
+
+    async def forget(self, keys: Sequence[AttemptKey]) -> None:
+        """See Executor."""
+        await self._ask({"op": "forget", "keys": [key.text() for key in keys]})
+
+    async def kill_all(self) -> None:
+        """See Executor."""
+        await self._ask({"op": "kill_all"})
+
+    async def read_log(self, key: AttemptKey, offset: int, limit: int) -> tuple[bytes, bool]:
+        """See Executor; at most 1 MiB a call."""
+        self._read_id += 1
+        answer: asyncio.Future[tuple[bytes, bool]] = asyncio.get_running_loop().create_future()
+        self._reads[self._read_id] = answer
+        number = self._read_id
+        try:
+            await self._ask({"op": "log", "id": number, "key": key.text(), "offset": offset, "limit": limit})
+            async with asyncio.timeout(CALL_SECONDS):
+                return await answer
+        finally:
+            self._reads.pop(number, None)
+
+    async def events(self) -> AsyncIterator[Sequence[ExecutorEvent]]:
+        """See Executor. Ends when the connection has ended and everything was told."""
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._unread or self._ended)
+                batch, self._unread = self._unread, []
+                self._changed.notify_all()
+            if not batch:
+                return
+            yield batch
+
+    async def close(self) -> None:
+        """See Executor."""
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.cancel()
+            with suppress(asyncio.CancelledError):
+                await reading
+        await self._hang_up()
+
+    async def _join(self, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A stream to the living guard, started if there is none."""
+        while True:
+            try:
+                return await asyncio.open_unix_connection(address)
+            except (FileNotFoundError, ConnectionRefusedError):
+                if not await self._start_guard():
+                    await self._clock.sleep(RETRY_SECONDS)
+
+    async def _start_guard(self) -> bool:
+        """True when one was started; False when another is just starting or dying."""
+        root = str(Path(cluster_agent.__file__).resolve().parent.parent)
+        process = await asyncio.create_subprocess_exec(
+            *self._guard_argv,
+            "--dir",
+            str(self._directory),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            env={"PATH": os.environ.get("PATH", os.defpath), "PYTHONPATH": root},
+            start_new_session=True,
+        )
+        try:
+            _out, words = await process.communicate()
+        except BaseException:
+            with suppress(ProcessLookupError):
+                process.kill()
+            raise
+        if process.returncode == 0:
+            return True
+        if process.returncode == 3:  # guard.__main__.ALREADY
+            return False
+        raise ConnectionError(f"the guard did not start: {words.decode(errors='replace').strip()}")
+
+    async def _hear_census(self, reader: asyncio.StreamReader) -> tuple[Message, list[CensusEntry], list[Message], Frames]:
+        """Hello and census; also what came right behind them, and the state of the stream."""
+        frames = Frames()
+        hello: Message = {}
+        entries: list[CensusEntry] = []
+        later: list[Message] | None = None
+        while later is None:
+            data = await reader.read(READ_BYTES)
+            if not data:
+                raise ConnectionError("the guard closed the connection during its census")
+            for message in frames.feed(data):
+                if later is not None:
+                    later.append(message)
+                elif message["ev"] == "hello":
+                    hello = message
+                elif message["ev"] == "census":
+                    entries.extend(entry_from_wire(wire) for wire in message["entries"])
+                elif message["ev"] == "ready":
+                    later = []
+                elif message["ev"] == "superseded":
+                    raise ConnectionError("another agent took this guard over")
+        if hello.get("version") != VERSION:
+            raise ConnectionError(f"the guard speaks version {hello.get('version')}, this agent {VERSION}")
+        return hello, entries, later, frames
+
+    def _begin(
+        self, reader: asyncio.StreamReader, hello: Message, entries: list[CensusEntry], later: list[Message], frames: Frames
+    ) -> list[CensusEntry]:
+        self._features = Features(hello["isolation"], hello["orphan_killer"], hello["detail"])
+        self._guard_pid, self._ticked_at = hello["pid"], hello["at"]
+        if hello["lost"] and not self._told_lost:
+            self._unread.append(GuardLost(killed=True))  # the new guard has seen them dead
+        self._told_lost = self._said_bye = False
+        for message in later:
+            self._unread.extend(self._take(message))
+        self._reading = asyncio.create_task(self._read(reader, frames))
+        return entries
+
+    async def _read(self, reader: asyncio.StreamReader, frames: Frames) -> None:
+        """Until the connection ends."""
+        with suppress(ConnectionError):
+            while data := await reader.read(READ_BYTES):
+                fresh = [event for message in frames.feed(data) for event in self._take(message)]
+                if fresh:
+                    async with self._changed:
+                        await self._changed.wait_for(lambda: len(self._unread) < MAX_UNREAD_EVENTS)
+                        self._unread.extend(fresh)
+                        self._changed.notify_all()
+        if await self._guard_is_dead():
+            self._told_lost = True
+            self._unread.append(GuardLost(killed=self._said_bye or self.features().orphan_killer))
+        await self._hang_up()
+
+    def _take(self, message: Message) -> Iterator[ExecutorEvent]:
+        """The events in one message."""
+        match message["ev"]:
+            case "tick":
+                self._ticked_at = message["at"]
+            case "started":
+                yield Started(AttemptKey.parse(message["key"]), message["pid"], message["wall"])
+            case "refused":
+                yield Refused(AttemptKey.parse(message["key"]), message["reason"])
+            case "exited":
+                exited: Exited = exit_from_wire(message["exit"])
+                yield exited
+            case "stopped":
+                yield from (Stopped(AttemptKey.parse(key)) for key in message["keys"])
+            case "bye":
+                self._said_bye = True
+            case "log":
+                answer = self._reads.get(message["id"])
+                if answer is not None and not answer.done():
+                    answer.set_result((base64.b64decode(message["data"]), message["complete"]))
+
+    async def _guard_is_dead(self) -> bool:
+        """Whether its lock is free; looked at for a while, since the kernel closes a dead process's files one by
+        one."""
+        deadline = self._clock.boot() + DEATH_SECONDS
+        while True:
+            fd = os.open(self._directory / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if self._clock.boot() > deadline:
+                    return False
+            finally:
+                os.close(fd)
+            await self._clock.sleep(RETRY_SECONDS)
+
+    async def _hang_up(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+        for answer in self._reads.values():
+            if not answer.done():
+                answer.set_exception(ConnectionError("the connection to the guard ended"))
+        async with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    async def _ask(self, message: dict[str, Any]) -> None:
+        """Send one request. Raises ConnectionError, or TimeoutError when the guard does not read."""
+        if self._writer is None:
+            raise ConnectionError("not connected to a guard")
+        self._writer.write(encode(message))
+        async with asyncio.timeout(CALL_SECONDS):
+            await self._writer.drain()
+
+
+def _batches(requests: Sequence[StartRequest]) -> Iterator[list[Message]]:
+    """Wire forms of the requests in groups of about START_BATCH_BYTES."""
+    batch: list[Message] = []
+    size = 0
+    for request in requests:
+        wire = start_to_wire(request)
+        batch.append(wire)
+        size += sum(map(len, request.argv)) + sum(map(len, request.env.values())) + len(wire["inputs"]) + 512
+        if size >= START_BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

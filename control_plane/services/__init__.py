@@ -1,0 +1,1 @@
+"""The gRPC edge: validate, translate, delegate. No decisions (DESIGN 2)."""

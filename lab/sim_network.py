@@ -1,0 +1,202 @@
+"""The simulator's network: ordered links between named nodes, with delay, loss by break, partition, and nothing else.
+
+A link is what TCP gives: ordered bytes, or a break that both ends notice some time later. Messages are really serialized, so that no
+object is shared between nodes. All chance comes from one seeded generator; all waiting from the virtual loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from baton.internal import peer_pb2 as peer
+from baton.v1 import agent_pb2 as agent
+from cluster_agent.transport import TransportClosed
+from control_plane.peers import MessageHandler
+from control_plane.sessions import StreamClosed
+
+NOTICE = 1.0
+"""Seconds until an end of a cut link notices it, at most: a keepalive's worth, shortened so that a seed sees more."""
+
+
+@dataclass(slots=True)
+class Links:
+    """Which nodes can hear each other, and how slowly. `cut(a, b)` is one-way: messages from a to b are lost."""
+
+    rng: random.Random
+    max_delay: float = 0.02
+    faults: Counter[str] = field(default_factory=Counter)
+    _cut: set[tuple[str, str]] = field(default_factory=set)
+    _last: dict[tuple[str, str], float] = field(default_factory=dict)
+    _pipes: list[Pipe] = field(default_factory=list)
+
+    def cut(self, source: str, target: str) -> None:
+        """Lose everything from `source` to `target` from now on; streams over it break."""
+        self.faults["cut"] += 1
+        self._cut.add((source, target))
+        for pipe in list(self._pipes):
+            if {source, target} == {pipe.left, pipe.right}:
+                pipe.break_soon(self.rng.uniform(0.0, NOTICE))
+
+    def heal(self) -> None:
+        """Everybody hears everybody."""
+        self._cut.clear()
+
+    def heard(self, source: str, target: str) -> bool:
+        """Whether a message sent now arrives."""
+        return (source, target) not in self._cut
+
+    def deliver(self, source: str, target: str, action: Callable[[], None]) -> None:
+        """Run `action` at `target` after a delay, in order of sending, unless the link is cut now or then."""
+        if not self.heard(source, target):
+            return
+        loop = asyncio.get_running_loop()
+        at = max(loop.time() + self.rng.uniform(0.0, self.max_delay), self._last.get((source, target), 0.0) + 1e-6)
+        self._last[source, target] = at
+        loop.call_at(at, lambda: action() if self.heard(source, target) else None)
+
+    def open(self, pipe: Pipe) -> None:
+        """Register a stream, to be broken with its link."""
+        self._pipes.append(pipe)
+
+    def closed(self, pipe: Pipe) -> None:
+        """Forget a stream."""
+        if pipe in self._pipes:
+            self._pipes.remove(pipe)
+
+    def node_died(self, node: str) -> None:
+        """The kernel of a dead process closes its sockets."""
+        for pipe in list(self._pipes):
+            if node in (pipe.left, pipe.right):
+                pipe.break_soon(0.0)
+
+
+class MemoryPeers:
+    """The Peers port of one replica."""
+
+    def __init__(self, replica: str, links: Links, directory: dict[str, MemoryPeers]) -> None:
+        self._replica, self._links, self._directory = replica, links, directory
+        self._handler: MessageHandler = lambda _replica, _message: None
+        self._break: Callable[[str], None] = lambda _replica: None
+        self.alive = True
+        directory[replica] = self
+
+    def on_message(self, handler: MessageHandler) -> None:
+        """See `control_plane.peers.Peers`."""
+        self._handler = handler
+
+    def on_break(self, handler: Callable[[str], None]) -> None:
+        """See `control_plane.peers.Peers`."""
+        self._break = handler
+
+    def send(self, replica: str, message: peer.PeerMessage) -> bool:
+        """See `control_plane.peers.Peers`."""
+        target = self._directory.get(replica)
+        if target is None or not target.alive or not self.alive:
+            return False
+        payload = message.SerializeToString()
+        self._links.deliver(self._replica, replica, lambda: target.receive(self._replica, payload))
+        return True
+
+    def receive(self, replica: str, payload: bytes) -> None:
+        """A message arrives, unless this replica is dead."""
+        if self.alive:
+            self._handler(replica, peer.PeerMessage.FromString(payload))
+
+    def die(self) -> None:
+        """The process is gone; the others notice a broken stream."""
+        self.alive = False
+        self._directory.pop(self._replica, None)
+        for other in list(self._directory.values()):
+            self._links.deliver(self._replica, other._replica, lambda other=other: other._break(self._replica))  # type: ignore[misc]
+
+    async def close(self) -> None:
+        """See `die`."""
+        self.die()
+
+
+class Pipe:
+    """One agent's stream: two ordered directions and a break."""
+
+    CAPACITY = 10_000
+
+    def __init__(self, left: str, right: str, links: Links, certificate: str | None = None) -> None:
+        self.left, self.right, self._links = left, right, links
+        self.peer_cluster = certificate
+        self.up: asyncio.Queue[bytes | None] = asyncio.Queue(self.CAPACITY)
+        self.down: asyncio.Queue[bytes | None] = asyncio.Queue(self.CAPACITY)
+        self.broken = False
+        links.open(self)
+
+    def break_soon(self, delay: float) -> None:
+        """Both ends notice after `delay` seconds."""
+        asyncio.get_running_loop().call_later(delay, self.close)
+
+    def close(self) -> None:
+        """Both ends see the end of the stream after what has arrived."""
+        if self.broken:
+            return
+        self.broken = True
+        self._links.closed(self)
+        for queue in (self.up, self.down):
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(None)
+
+    def push(self, queue: asyncio.Queue[bytes | None], source: str, target: str, payload: bytes) -> None:
+        """Send one message along a direction."""
+        self._links.deliver(source, target, lambda: None if self.broken or queue.full() else queue.put_nowait(payload))
+
+
+class AgentEnd:
+    """The agent's end: `cluster_agent.transport.Stream`."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+
+    async def send(self, messages: list[agent.SessionRequest]) -> None:
+        """Queue messages. Raises TransportClosed."""
+        if self._pipe.broken:
+            raise TransportClosed("the stream broke")
+        for message in messages:
+            self._pipe.push(self._pipe.up, self._pipe.left, self._pipe.right, message.SerializeToString())
+
+    async def receive(self) -> list[agent.SessionResponse]:
+        """At least one message. Raises TransportClosed."""
+        payload = await self._pipe.down.get()
+        if payload is None:
+            self._pipe.down.put_nowait(None)
+            raise TransportClosed("the stream broke")
+        return [agent.SessionResponse.FromString(payload)]
+
+    async def close(self) -> None:
+        """End the stream."""
+        self._pipe.break_soon(0.0)
+
+
+class ReplicaEnd:
+    """The serving replica's end: `control_plane.sessions.AgentStream`."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+        self.peer_cluster = pipe.peer_cluster
+
+    async def receive(self) -> agent.SessionRequest:
+        """The next message. Raises StreamClosed."""
+        payload = await self._pipe.up.get()
+        if payload is None:
+            self._pipe.up.put_nowait(None)
+            raise StreamClosed
+        return agent.SessionRequest.FromString(payload)
+
+    def send(self, message: agent.SessionResponse) -> bool:
+        """Queue a message."""
+        if self._pipe.broken:
+            return False
+        self._pipe.push(self._pipe.down, self._pipe.right, self._pipe.left, message.SerializeToString())
+        if message.WhichOneof("message") == "refusal":
+            self._pipe.break_soon(0.05)
+        return True
