@@ -50,6 +50,13 @@ class GraphFile:
     deadline_at: float | None = None
     """Absolute deadline, seconds since the epoch."""
     priority: int = 0
+    locate: Callable[[str], tuple[int, str]] = field(default=lambda path: (1, path), repr=False, compare=False)
+    """Protobuf path (of a violation) -> line and path in the file."""
+
+    def problem(self, path: str, what: str) -> Problem:
+        """A fault that was found later, e.g. by the server, at the line that caused it."""
+        line, where = self.locate(path)
+        return Problem(self.path, line, where, what)
 
 
 def load(path: str) -> GraphFile:
@@ -119,13 +126,14 @@ class _Loading:
         if "spec" in entries:
             parts = reader.mapping(entries["spec"], _SPEC)
             if "deadline" in parts:
+                self._mark("deadline_time", parts["deadline"])
                 relative, absolute = self._deadline(parts["deadline"])
             if "priority" in parts:
                 priority = self._priority(parts["priority"])
             self._tasks(entries["spec"], parts, spec)
         elif top.kind == "map":
             reader.add(top.line, "spec", "is missing", "add `spec:` with `tasks:`")
-        return GraphFile(reader.path, name, spec, labels, annotations, relative, absolute, priority)
+        return GraphFile(reader.path, name, spec, labels, annotations, relative, absolute, priority, self.origin_of)
 
     def _metadata(self, node: Node | None) -> tuple[str, dict[str, str], dict[str, str]]:
         if node is None:
@@ -172,7 +180,7 @@ class _Loading:
             allowed = [key for key in self._setters if key not in {"id", "parents", "after"}]
             for key, node in self.reader.mapping(parts["defaults"], allowed).items():
                 self._setters[key](defaults, node, "")
-            self._default_origin, self._origin = self._origin, {}
+            self._default_origin = {path: at for path, at in self._origin.items() if path.startswith(".")}
         self._origin["spec"] = (spec_node.line, "spec")
         if "tasks" not in parts:
             if spec_node.kind == "map":
@@ -204,7 +212,7 @@ class _Loading:
             if shorter == here:
                 return 1, path
             here = shorter
-        return self._origin[task][0], path
+        return self._origin.get(task, (1, ""))[0], path
 
     # --- the fields of a task ------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ visited, because an alias makes a small file large ("billion laughs").
 from __future__ import annotations
 
 import difflib
+import io
 import math
 import stat
 import sys
@@ -281,3 +282,13 @@ def _nearest(name: str, known: list[str]) -> str:
     if name == "<<":
         return "merge keys are not supported; put shared fields into spec.defaults"
     return f"did you mean `{close[0]}`?" if close else f"use one of {', '.join(known)}"
+
+
+def dump(value: object) -> str:
+    """Plain data (of JSON's types) as YAML, in the given order of keys."""
+    out = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.dump(value, out)
+    return out.getvalue()

@@ -151,14 +151,21 @@ def to_millis(values: LeaseValues) -> dict[str, str | int]:
 
 
 def from_millis(
-    profile: str, *, heartbeat_ms: int, fence_ms: int, kill_ms: int, lost_ms: int, guard_ms: int
+    profile: str,
+    *,
+    heartbeat_ms: int,
+    fence_ms: int,
+    kill_ms: int,
+    lost_ms: int,
+    guard_ms: int,
+    base: LeaseValues | None = None,
 ) -> LeaseValues:
-    """Inverse of `to_millis`; what does not travel (P, X, rho, m, T_rpc, E) is the named profile's, else the default's.
-
-    Raises UnsafeLease.
+    """Inverse of `to_millis`. What does not travel (P, X, rho, m, T_rpc, E) is that of `base`; without one it is the named
+    profile's, or for an unknown name the default's, which then must tolerate one miss only. Raises UnsafeLease.
     """
+    known = base or PROFILES.get(profile) or replace(PROFILES[DEFAULT_PROFILE], misses=1)
     values = replace(
-        PROFILES.get(profile, PROFILES[DEFAULT_PROFILE]),
+        known,
         profile=profile,
         heartbeat=heartbeat_ms / 1000,
         fence=fence_ms / 1000,
@@ -166,9 +173,5 @@ def from_millis(
         lost=lost_ms / 1000,
         guard=guard_ms / 1000,
     )
-    if profile not in PROFILES:
-        values = replace(
-            values, misses=1
-        )  # an unnamed profile says nothing about m; one miss is the least that is sane
     check(values)
     return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -99,6 +100,14 @@ def template(spec: TaskSpec, keep_at_fence: bool) -> pb.DispatchTemplate:
     )
 
 
+def traceparent(trace_id: str, attempt: AttemptId) -> str:
+    """W3C trace context of an attempt: its span id follows from its identity, so every replica says the same (DESIGN 11)."""
+    if not trace_id:
+        return ""
+    span = hashlib.blake2b(f"{attempt.run}/{attempt.task}/{attempt.n}".encode(), digest_size=8).hexdigest()
+    return f"00-{trace_id}-{span}-01"
+
+
 class DispatchWriter:
     """Builds one Dispatches message, sharing templates."""
 
@@ -135,7 +144,7 @@ class DispatchWriter:
                 fence=f"{self._shard.incarnation}.{attempt.n}",
                 deadline_wall_ms=int(view.deadline * 1000),
                 inputs=inputs,
-                traceparent=view.traceparent,
+                traceparent=traceparent(view.trace_id, attempt),
             )
         )
         self.bytes += 200 + len(inputs)

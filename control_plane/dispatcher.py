@@ -18,6 +18,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 from baton.clock import Clock
 from baton.internal import peer_pb2 as peer
@@ -72,7 +73,9 @@ class Link:
 class Dispatcher:
     """Links of all run shards this replica owns. A `controller.Listener`."""
 
-    def __init__(self, controller: Controller, router: Router, calls: Calls, view: View, clock: Clock, federation: str) -> None:
+    def __init__(
+        self, controller: Controller, router: Router, calls: Calls, view: View, clock: Clock, federation: str
+    ) -> None:
         self._controller, self._router, self._view, self._clock = controller, router, view, clock
         self._federation = federation
         self._links: dict[tuple[str, str], Link] = {}
@@ -275,7 +278,9 @@ class Dispatcher:
                 continue
             included = self._included(owned, cluster)
             machine = _machine(owned)
-            for attempt in [a for a, number in link.numbered.items() if number <= included or machine.attempt(a) is None]:
+            for attempt in [
+                a for a, number in link.numbered.items() if number <= included or machine.attempt(a) is None
+            ]:
                 del link.numbered[attempt]
             if link.numbered:
                 found.append((cluster, link.generation, list(link.numbered)))
@@ -286,10 +291,10 @@ class Dispatcher:
         if beat is None:
             return 0
         wanted = codec.epoch(owned)
-        return max((i.dispatch_no for i in beat.heartbeat.included if i.shard == owned.id and i.epoch == wanted), default=0)
+        return max(
+            (i.dispatch_no for i in beat.heartbeat.included if i.shard == owned.id and i.epoch == wanted), default=0
+        )
 
 
 def _machine(shard: OwnedShard) -> RunShard:
-    machine = shard.machine
-    assert isinstance(machine, RunShard)
-    return machine
+    return cast(RunShard, shard.machine)

@@ -14,7 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from control_plane.core.events import ClusterLost, Event, SessionOpened
+from control_plane.core.events import (
+    AdmissionSet,
+    ClusterAdded,
+    ClusterLost,
+    Event,
+    HealthChanged,
+    SessionOpened,
+    StormHeld,
+)
 from control_plane.core.fleet import Fleet
 from control_plane.core.fleet_image import facts_from_json, facts_to_json
 from control_plane.core.model import FLEET, FleetTable
@@ -26,6 +34,9 @@ if TYPE_CHECKING:
 
 TABLE_FORMAT = 1
 """Format of `fleet/table`. A replica that reads a higher one must not guess (PROTOCOL J11)."""
+
+_SEEN = (ClusterAdded, SessionOpened, ClusterLost, HealthChanged, AdmissionSet, StormHeld)
+"""Events that change the published table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +95,7 @@ def side_puts(shard: OwnedShard, events: Sequence[Event]) -> list[Put]:
     Of a cluster that ends one generation and opens the next in one batch only the last word is written (a transaction may
     put a key once; S5 needs no more).
     """
-    if shard.id != FLEET or not isinstance(shard.machine, Fleet) or not shard.machine.outbox.table:
+    if shard.id != FLEET or not isinstance(shard.machine, Fleet) or not any(isinstance(e, _SEEN) for e in events):
         return []
     sessions: dict[str, SessionInfo] = {}
     for event in events:

@@ -95,7 +95,7 @@ class GrpcPeers(peer_pb2_grpc.PeerServiceServicer):
                         return
                     await self._clock.sleep(REDIAL)
                     continue
-                await self._session(replica, address, queue)
+                await self._session(address, queue)
                 self._break(replica)
                 unknown_since = self._clock.boot()
                 await self._clock.sleep(REDIAL)
@@ -104,7 +104,7 @@ class GrpcPeers(peer_pb2_grpc.PeerServiceServicer):
             self._links.pop(replica, None)
             self._break(replica)
 
-    async def _session(self, replica: str, address: str, queue: asyncio.Queue[pb.PeerMessage]) -> None:
+    async def _session(self, address: str, queue: asyncio.Queue[pb.PeerMessage]) -> None:
         """One stream, to its end."""
         channel = self._open_channel(address)
         try:

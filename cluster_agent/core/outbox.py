@@ -1,7 +1,8 @@
 """Reports that are not acknowledged yet: sent at least once, again on every new stream, and again on an unbroken one.
 
-Rules J7 (agents re-send unacknowledged reports, also on an unbroken stream) and F8 (a stop is reported when the executor
-has confirmed it, until it is acknowledged). What is reported is derived from the attempt, never remembered here.
+Rules J7 (agents re-send unacknowledged reports, also on an unbroken stream) and F8 (a stop is reported when the
+executor has confirmed it, until it is acknowledged). What is reported is derived from the attempt, never remembered
+here.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from cluster_agent.core.commands import SendReports
 from cluster_agent.core.model import Attempt, AttemptKey, Ended, Phase
 
 RESEND_SECONDS = 5.0
-"""Silence after which a report goes again on the same stream. Smaller than a slow commit doubles traffic in the worst moment;
-larger delays a result whose first report was lost inside the control plane."""
+"""Silence after which a report goes again on the same stream. Smaller than a slow commit doubles traffic in the worst
+moment; larger delays a result whose first report was lost inside the control plane."""
 
 REPORTS_PER_STEP = 2048
 """Bounds one step's work after a long outage; the next tick goes on where this one ended."""
@@ -53,7 +54,9 @@ class Outbox:
         self._sent.clear()
         self._started.clear()
 
-    def due(self, attempts: Mapping[AttemptKey, Attempt], *, stream: int, generation: int, now: float) -> list[SendReports]:
+    def due(
+        self, attempts: Mapping[AttemptKey, Attempt], *, stream: int, generation: int, now: float
+    ) -> list[SendReports]:
         """What must leave now, by shard."""
         silent = itertools.takewhile(lambda item: item[1] <= now - RESEND_SECONDS, self._sent.items())
         self._fresh.update((key, None) for key, _ in silent)

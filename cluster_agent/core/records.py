@@ -1,7 +1,7 @@
 """What the agent writes down: a record for each fact that must outlive the process. State is a fold of them.
 
-`DURABLE` names the kinds that must be on the platter before anything else happens (F4: tombstones and epochs). The others
-may lose their tail in a power cut: another boot id then says that every process is dead anyway (S6).
+`DURABLE` names the kinds that must be on the platter before anything else happens (F4: tombstones and epochs). The
+others may lose their tail in a power cut: another boot id then says that every process is dead anyway (S6).
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ Record = (
 DURABLE: tuple[type, ...] = (Booted, SessionOpened, EpochRaised, Tombstoned)
 
 
-def apply(state: AgentState, record: Record) -> None:  # noqa: C901, PLR0912 - one case per kind, nothing nested
+def apply(state: AgentState, record: Record) -> None:
     """Fold one record into `state`. Total: a record about an unknown attempt makes it or changes nothing."""
     match record:
         case Booted(boot_id):

@@ -18,7 +18,8 @@ from cluster_agent.executors.base import (
     GuardLost,
     StartRequest,
 )
-from cluster_agent.executors.fake_host import FakeHost, Interval, Script
+from cluster_agent.executors.fake_host import FakeHost
+from cluster_agent.executors.fake_workload import Interval, Script
 
 __all__ = ["FakeExecutor", "FakeHost", "Interval", "Script"]
 

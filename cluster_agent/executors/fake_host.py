@@ -3,10 +3,6 @@
 It outlives agents, can lose its guard, be frozen and be rebooted. Its guard runs the very lease arithmetic of the real
 one (core/lease.py), so what the simulator finds about fences holds for both. `FakeExecutor` (fake.py) is an agent's end
 of it.
-
-Workloads are scripts in argv: `fake --seconds 1.5 --exit 0 --result text --output text --ignore-term`. A process ends
-by itself after `seconds`, at TERM unless it ignores it, and at KILL. `FakeHost.intervals` tells when every process
-really lived, by `true_time`, for the checkers of overlap.
 """
 
 from __future__ import annotations
@@ -32,53 +28,12 @@ from cluster_agent.executors.base import (
     StartRequest,
     Stopped,
 )
+from cluster_agent.executors.fake_workload import Interval, Script
 
 SIGKILL, SIGTERM = 9, 15
 
 TICK_SECONDS = 0.2
 """How often a real guard gives a sign of life at least; `ticked_at` of the fake is rounded down to it."""
-
-
-@dataclass(slots=True)
-class Interval:
-    """When a process lived, in true time; `end` is None while it does."""
-
-    key: AttemptKey
-    start: float
-    end: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Script:
-    """What a fake workload does."""
-
-    seconds: float = 0.0
-    exit_code: int = 0
-    result: bytes = b""
-    output: bytes = b""
-    ignore_term: bool = False
-
-    @staticmethod
-    def parse(argv: Sequence[str]) -> Script:
-        """From `fake --seconds S --exit N --result TEXT --output TEXT --ignore-term`. Raises ValueError."""
-        if not argv or argv[0] != "fake":
-            raise ValueError(f"program {argv[0] if argv else ''!r} was not found: this executor runs only 'fake'")
-        words, found, ignore_term = list(argv[1:]), {}, False
-        while words:
-            word = words.pop(0)
-            if word == "--ignore-term":
-                ignore_term = True
-            elif word in ("--seconds", "--exit", "--result", "--output") and words:
-                found[word] = words.pop(0)
-            else:
-                raise ValueError(f"fake workload: cannot read {word!r}")
-        return Script(
-            float(found.get("--seconds", "0")),
-            int(found.get("--exit", "0")),
-            found.get("--result", "").encode(),
-            found.get("--output", "").encode(),
-            ignore_term,
-        )
 
 
 @dataclass(slots=True)

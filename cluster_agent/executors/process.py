@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ batches."""
 
 READ_BYTES = 1 << 18
 
+_ROOT = str(Path(cluster_agent.__file__).resolve().parent.parent)
+"""Where the guard finds its code: next to ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Greeting:
+    """What a guard says first: hello, census, what came right behind them, and the state of the stream."""
+
+    hello: Message
+    entries: list[CensusEntry]
+    later: list[Message]
+    frames: Frames
+
 
 class ProcessExecutor:
     """Adapter of the Executor port (executors/base.py) over the guard of `directory`.
@@ -100,16 +114,11 @@ class ProcessExecutor:
         place = SocketDirectory(self._directory)
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                reader, writer = await self._join(place.address)
-                try:
-                    messages = await self._hear_census(reader)
-                except BaseException:
-                    writer.close()
-                    raise
+                reader, writer, greeting = await self._meet(place.address)
         finally:
             place.close()
         self._writer, self._ended, self._unread = writer, False, []
-        return self._begin(reader, *messages)
+        return self._begin(reader, greeting)
 
     def features(self) -> Features:
         """See Executor. Raises ConnectionError before the first `connect`."""
@@ -188,6 +197,19 @@ class ProcessExecutor:
                 await reading
         await self._hang_up()
 
+    async def _meet(self, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, _Greeting]:
+        """A stream and what the guard said first; a guard that dies meanwhile is replaced."""
+        while True:
+            reader, writer = await self._join(address)
+            try:
+                return reader, writer, await self._hear_census(reader)
+            except (ConnectionResetError, EOFError):
+                writer.close()
+                await self._clock.sleep(RETRY_SECONDS)
+            except BaseException:
+                writer.close()
+                raise
+
     async def _join(self, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A stream to the living guard, started if there is none."""
         while True:
@@ -199,7 +221,6 @@ class ProcessExecutor:
 
     async def _start_guard(self) -> bool:
         """True when one was started; False when another is just starting or dying."""
-        root = str(Path(cluster_agent.__file__).resolve().parent.parent)
         process = await asyncio.create_subprocess_exec(
             *self._guard_argv,
             "--dir",
@@ -207,7 +228,7 @@ class ProcessExecutor:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
-            env={"PATH": os.environ.get("PATH", os.defpath), "PYTHONPATH": root},
+            env={"PATH": os.environ.get("PATH", os.defpath), "PYTHONPATH": _ROOT},
             start_new_session=True,
         )
         try:
@@ -222,8 +243,7 @@ class ProcessExecutor:
             return False
         raise ConnectionError(f"the guard did not start: {words.decode(errors='replace').strip()}")
 
-    async def _hear_census(self, reader: asyncio.StreamReader) -> tuple[Message, list[CensusEntry], list[Message], Frames]:
-        """Hello and census; also what came right behind them, and the state of the stream."""
+    async def _hear_census(self, reader: asyncio.StreamReader) -> _Greeting:
         frames = Frames()
         hello: Message = {}
         entries: list[CensusEntry] = []
@@ -231,7 +251,7 @@ class ProcessExecutor:
         while later is None:
             data = await reader.read(READ_BYTES)
             if not data:
-                raise ConnectionError("the guard closed the connection during its census")
+                raise EOFError("the guard died during its census")
             for message in frames.feed(data):
                 if later is not None:
                     later.append(message)
@@ -245,20 +265,19 @@ class ProcessExecutor:
                     raise ConnectionError("another agent took this guard over")
         if hello.get("version") != VERSION:
             raise ConnectionError(f"the guard speaks version {hello.get('version')}, this agent {VERSION}")
-        return hello, entries, later, frames
+        return _Greeting(hello, entries, later, frames)
 
-    def _begin(
-        self, reader: asyncio.StreamReader, hello: Message, entries: list[CensusEntry], later: list[Message], frames: Frames
-    ) -> list[CensusEntry]:
+    def _begin(self, reader: asyncio.StreamReader, greeting: _Greeting) -> list[CensusEntry]:
+        hello = greeting.hello
         self._features = Features(hello["isolation"], hello["orphan_killer"], hello["detail"])
         self._guard_pid, self._ticked_at = hello["pid"], hello["at"]
         if hello["lost"] and not self._told_lost:
             self._unread.append(GuardLost(killed=True))  # the new guard has seen them dead
         self._told_lost = self._said_bye = False
-        for message in later:
+        for message in greeting.later:
             self._unread.extend(self._take(message))
-        self._reading = asyncio.create_task(self._read(reader, frames))
-        return entries
+        self._reading = asyncio.create_task(self._read(reader, greeting.frames))
+        return greeting.entries
 
     async def _read(self, reader: asyncio.StreamReader, frames: Frames) -> None:
         """Until the connection ends."""

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--foreground", action="store_true", help="do not detach")
     parser.add_argument("--killer", choices=("auto", "scan"), default="auto", help="scan: never use namespaces")
     parser.add_argument("--limits", choices=("auto", "poll"), default="auto", help="poll: never use control groups")
-    parser.add_argument("--min-free-bytes", type=int, default=MIN_FREE_BYTES, help="refuse starts below this much free disk")
+    parser.add_argument("--min-free-bytes", type=int, default=MIN_FREE_BYTES, help="less free disk refuses starts")
     options = parser.parse_args(arguments)
     directory = private_directory(options.dir)
     if options.foreground:
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     word, _, words = said.decode().partition(" ")
     if word == "ready":
         return 0
-    os.write(2, f"{words or "the guard died at start; see guard.err"}\n".encode())
+    os.write(2, (words or "the guard died at start; see guard.err").encode() + b"\n")
     return ALREADY if word == "already" else 1
 
 

@@ -37,10 +37,10 @@ class Group:
     def breach(self) -> str:
         """Which limit was hit, in words; empty when none was."""
         memory, pids = self.directories.get("memory"), self.directories.get("pids")
-        if self.limits.memory_bytes and memory is not None:
-            if _counter(memory, "memory.oom_control", "oom_kill") or _counter(memory, "memory.events", "oom_kill"):
-                return f"killed for memory: over its limit of {self.limits.memory_bytes} bytes"
-        if self.limits.processes and pids is not None and _counter(pids, "pids.events", "max"):
+        files = ("memory.oom_control", "memory.events")  # v1, v2
+        if memory is not None and any(_counter(memory, file, "oom_kill") for file in files):
+            return f"killed for memory: over its limit of {self.limits.memory_bytes} bytes"
+        if pids is not None and _counter(pids, "pids.events", "max"):
             return f"could not fork: over its limit of {self.limits.processes} processes"
         return ""
 

@@ -337,12 +337,12 @@ class Guard:
         for key, workload in self._live.items():
             generation = self._leases.generation(key)
             yield CensusEntry(workload.request.key, generation if generation is not None else 0, workload.phase)
-        for key, (generation, wire) in self._ledger.exits.items():
+        for generation, wire in self._ledger.exits.values():
             exited = exit_from_wire(wire)
             yield CensusEntry(exited.key, generation, Phase.EXITED, exited)
-        for key, wire in self._unrecorded.items():
-            exited = exit_from_wire(wire)
-            yield CensusEntry(exited.key, self._ledger.started_keys[key].generation, Phase.EXITED, exited)
+        for name, record in self._unrecorded.items():
+            exited = exit_from_wire(record)
+            yield CensusEntry(exited.key, self._ledger.started_keys[name].generation, Phase.EXITED, exited)
         for key in self._ledger.tombstones:
             if key not in self._live and key not in self._ledger.exits and key not in self._unrecorded:
                 yield CensusEntry(AttemptKey.parse(key), 0, Phase.TOMBSTONED)

@@ -78,7 +78,7 @@ def _trial(isolation: Isolation, user_namespace: bool, inherited: int) -> bool:
     held_read, held_write = os.pipe()
     init = host.fork_into(isolation.flags)
     if init == 0:
-        _trial_init(isolation, ready_write, held_write)
+        _trial_init(isolation, ready_write)
     os.close(held_write)
     os.close(ready_write)
     ready = os.read(ready_read, 1) == b"+"
@@ -88,8 +88,8 @@ def _trial(isolation: Isolation, user_namespace: bool, inherited: int) -> bool:
     return ready and gone
 
 
-def _trial_init(isolation: Isolation, ready: int, held: int) -> None:
-    """Init of the trial's namespace, and its grandchild that holds `held` open until it is killed."""
+def _trial_init(isolation: Isolation, ready: int) -> None:
+    """Init of the trial's namespace, and its grandchild, which holds the trial's pipe open until it is killed."""
     try:
         if isolation.own_proc:
             host.mount_own_proc()

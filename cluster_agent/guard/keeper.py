@@ -75,7 +75,7 @@ def run(plan: Plan, pipes: Pipes) -> None:
     code = 70
     try:
         code = _Keeper(plan, pipes).main()
-    except BaseException as error:  # the fork must never run the guard's code after this
+    except BaseException as error:  # noqa: BLE001 - the fork must never run the guard's code after this
         with suppress(OSError):
             os.write(pipes.status, f"failed keeper: {error!r}\n".encode()[:512])
     finally:
@@ -263,7 +263,7 @@ def _become_workload(plan: Plan, output: int, said: int, host_proc: int) -> None
         os.umask(0o022)
         host.prctl(host.PR_SET_NO_NEW_PRIVS, 1)
         os.execve(plan.program, plan.argv, dict(plan.env))
-    except BaseException as error:  # it has to reach the guard in words, whatever it was
+    except BaseException as error:  # noqa: BLE001 - it has to reach the guard in words, whatever it was
         text = f"{error.strerror or error}" if isinstance(error, OSError) else repr(error)
         os.write(said, f"{plan.program}: {text}".replace("\n", " ").encode()[:900])
     finally:

@@ -1,9 +1,9 @@
 """The guard's directory: where each attempt works, writes and logs, and how long what it left stays.
 
-    work/{key}/            private working directory; gone with `forget`
-    checkpoints/{run}.{task}/   survives attempts of the same task on this cluster
-    logs/{key}.log         captured output; stays by retention
-    trash/                 what is being deleted, by a child process, so that no big tree holds up the lease timers
+work/{key}/            private working directory; gone with `forget`
+checkpoints/{run}.{task}/   survives attempts of the same task on this cluster
+logs/{key}.log         captured output; stays by retention
+trash/                 what is being deleted, by a child process, so that no big tree holds up the lease timers
 """
 
 from __future__ import annotations

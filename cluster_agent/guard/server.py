@@ -168,7 +168,7 @@ class Server:
 
     def _refuse(self, error: Exception) -> None:
         """Nonsense costs the other end its connection, never us our life."""
-        os.write(2, f"{f"guard: request refused, connection closed: {error!r}"}\n".encode())
+        os.write(2, f"guard: request refused, connection closed: {error!r}\n".encode())
         self._drop()
 
     def _send(self, message: Message) -> None:

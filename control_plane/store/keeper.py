@@ -1,9 +1,9 @@
 """Keeping a replica's lease alive, and knowing how long it surely lived (PROTOCOL O2).
 
-Theory: a renewal proves only that the lease was alive at the server some time after it was *sent*; so the send time of the
-last acknowledged one is the only honest start of "my lease is good until". And a renewal must say "this replica works", not
-"this machine has power": it is sent only while the main loop has ticked lately, so a hung loop loses its shards. Success is
-still not ownership; only a fenced write is.
+Theory: a renewal proves only that the lease was alive at the server some time after it was *sent*; so the send time of
+the last acknowledged one is the only honest start of "my lease is good until". And a renewal must say "this replica
+works", not "this machine has power": it is sent only while the main loop has ticked lately, so a hung loop loses its
+shards. Success is still not ownership; only a fenced write is.
 
 `Renewal` is the pure state machine; `TaskLeaseKeeper` runs it on the store's own event loop (memory store, simulator);
 `etcd.keeper.ThreadedLeaseKeeper` runs it in a thread with a channel of its own, so that a stalled loop cannot stall it.

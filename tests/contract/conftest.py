@@ -15,7 +15,12 @@ from control_plane.store.etcd import EtcdStore
 from control_plane.store.memory import MemoryEtcd, MemorySnapshot, MemoryStore
 from lab.etcd_server import EtcdServer
 
-_prefixes = (f"test{number}/" for number in itertools.count())
+_numbers = itertools.count()
+
+
+def next_prefix() -> str:
+    """A key prefix that no other test of this process uses."""
+    return f"test{next(_numbers)}/"
 
 
 class StoreWorld(Protocol):
@@ -93,7 +98,7 @@ class EtcdWorld:
     def __init__(self, server: EtcdServer, backup: Path) -> None:
         self._server = server
         self._backup = backup
-        self._prefix = next(_prefixes)
+        self._prefix = next_prefix()
         self._clients: list[EtcdStore] = []
 
     def client(self) -> Store:

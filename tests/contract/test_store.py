@@ -37,7 +37,9 @@ from tests.contract.conftest import StoreWorld
 T = 10.0
 
 
-async def run(store: Store, *ops: Put | Delete | Get, when: Sequence[Compare] = (), other: Sequence[Get] = ()) -> TxnResult:
+async def run(
+    store: Store, *ops: Put | Delete | Get, when: Sequence[Compare] = (), other: Sequence[Get] = ()
+) -> TxnResult:
     return await store.txn(Txn(when, ops, other), timeout=T)
 
 
@@ -181,7 +183,7 @@ async def test_a_recreated_key_starts_anew(store: Store) -> None:
 # -- 3. failure is one of two kinds --------------------------------------------------------------------------------------
 
 
-async def test_a_time_out_of_a_write_is_ambiguous_and_of_a_read_unavailable(world: StoreWorld, store: Store) -> None:
+async def test_a_write_that_times_out_is_ambiguous_and_a_read_unavailable(world: StoreWorld, store: Store) -> None:
     await run(store, Put("a", b"before"))
     world.freeze()
     with pytest.raises(Ambiguous):
@@ -378,7 +380,7 @@ async def test_a_watch_goes_on_over_a_restart_without_gap_or_repetition(world: S
     found = await events(watch, 1)
     waiting = asyncio.create_task(events(watch, 2))
     await asyncio.sleep(0.05)
-    await asyncio.to_thread(world.bounce) if not _in_memory(world) else world.bounce()
+    world.bounce()
     for n in (1, 2):
         await _until_written(store, "w", b"%d" % n)
     found += await waiting
@@ -504,7 +506,3 @@ async def _until_written(store: Store, key: str, new: bytes) -> None:
                 await asyncio.sleep(0.05)
             else:
                 return
-
-
-def _in_memory(world: StoreWorld) -> bool:
-    return type(world).__name__ == "MemoryWorld"

@@ -1,8 +1,9 @@
 """Connections to etcd: endpoints, channel options, rotation, and grpc's failures as one plain exception.
 
-Theory: a paused member keeps its TCP connections alive and swallows every request (reliability.md section 6, pitfall 20),
-so waiting for UNAVAILABLE is not enough: a time-out, too, must move the next try to another endpoint. And nothing below
-us may repeat a request on its own, or a write that is unclear could run twice (PROTOCOL J6): channel retries are off.
+Theory: a paused member keeps its TCP connections alive and swallows every request (reliability.md section 6, pitfall
+20), so waiting for UNAVAILABLE is not enough: a time-out, too, must move the next try to another endpoint. And nothing
+below us may repeat a request on its own, or a write that is unclear could run twice (PROTOCOL J6): channel retries are
+off.
 
 A `Lane` is one purpose's connection (writes and reads, leases, watches), with sockets of its own, so that a big watch
 answer never delays a keepalive.
@@ -66,7 +67,8 @@ class WireError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """PEM files for mutual TLS. Read for each new connection's channel, so a rotated file is taken up by the next one."""
+    """PEM files for mutual TLS. Read for each new connection's channel, so a rotated file is taken up by the next
+    one."""
 
     ca: Path
     cert: Path
@@ -113,8 +115,9 @@ STATUS = Method(
 
 
 def targets(endpoints: Sequence[str], secure: bool) -> tuple[str, ...]:
-    """grpc targets to rotate over. Plain addresses of one family form lists, each with another first, so that grpc itself
-    skips what does not connect; names, and everything under TLS (whose certificates are checked by name), go one by one.
+    """grpc targets to rotate over. Plain addresses of one family form lists, each with another first, so that grpc
+    itself skips what does not connect; names, and everything under TLS (whose certificates are checked by name), go one
+    by one.
 
     Raises ValueError for no endpoint, or one without a port.
     """

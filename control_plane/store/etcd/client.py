@@ -2,8 +2,8 @@
 
 Theory: this adapter adds nothing to etcd's guarantees and hides nothing of its doubts. A write is sent once; what its
 failure means is looked up in `codec` (PROTOCOL J6). A read is sent again, elsewhere if need be, until its time-out. All
-keys live under one prefix, so that a shared etcd can serve others, and the prefix never leaves this package. Three lanes
-(see `channel`) keep watches, leases and everything else from delaying each other.
+keys live under one prefix, so that a shared etcd can serve others, and the prefix never leaves this package. Three
+lanes (see `channel`) keep watches, leases and everything else from delaying each other.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from control_plane.store.rules import check_txn, granted_ttl
 R = TypeVar("R")
 
 PAGE_KEYS = 256
-"""Keys asked for at once. More would make single answers huge, fewer cost round trips; an answer that is still too large
-is asked for again with fewer."""
+"""Keys asked for at once. More would make single answers huge, fewer cost round trips; an answer that is still too
+large is asked for again with fewer."""
 
 FIRST_PAUSE = 0.05
 MAX_PAUSE = 0.5
@@ -88,7 +88,7 @@ class EtcdStore:
             if codec.is_no_space(error) and await self._had_no_effect(txn, before, started + timeout):
                 failure = NoSpace(f"txn: {error}")
             raise failure from error
-        self._last_header = response.header
+        self._note(response.header)
         return codec.txn_result(response, len(self._prefix))
 
     async def get(self, key: str, *, timeout: float) -> tuple[KeyValue | None, int]:
@@ -218,7 +218,7 @@ class EtcdStore:
     def _range_call(self, request: wire.EtcdRangeRequest) -> Callable[[float], Awaitable[wire.EtcdRangeResponse]]:
         async def call(seconds: float) -> wire.EtcdRangeResponse:
             response = await self._kv.unary(rpc.RANGE, request, seconds)
-            self._last_header = response.header
+            self._note(response.header)
             return response
 
         return call
@@ -250,6 +250,13 @@ class EtcdStore:
         except WireError as error:
             raise codec.read_error(what, error) from error
 
+    def _note(self, header: wire.EtcdHeader) -> None:
+        """Remember the newest header. Answers of parallel calls come out of order; another cluster or term starts anew."""
+        last = self._last_header
+        same = last is not None and (last.cluster_id, last.raft_term) == (header.cluster_id, header.raft_term)
+        if last is None or not same or header.revision >= last.revision:
+            self._last_header = header
+
     async def _oldest_revision(self, wanted: int) -> int:
         """The oldest readable revision. A range's refusal does not name it, but that of a watch from the start does."""
         try:
@@ -260,7 +267,8 @@ class EtcdStore:
         return wanted + 1
 
     async def _had_no_effect(self, txn: Txn, before: wire.EtcdHeader | None, deadline: float) -> bool:
-        """Whether a transaction that was answered with "no space" surely did nothing; see `codec.surely_not_applied`."""
+        """Whether a transaction that was answered with "no space" surely did nothing; see
+        `codec.surely_not_applied`."""
         written = [op.key for op in txn.success if isinstance(op, Put) or (isinstance(op, Delete) and not op.prefix)]
         probe = codec.txn_request(Txn((), [Get(key) for key in written]), self._prefix)
         left = deadline - self._clock.boot()
@@ -270,6 +278,6 @@ class EtcdStore:
             response = await self._kv.unary(rpc.TXN, probe, left)
         except WireError:
             return False
-        self._last_header = response.header
+        self._note(response.header)
         reads = codec.txn_result(response, len(self._prefix)).reads
         return codec.surely_not_applied(before, response.header, reads)

@@ -1,8 +1,8 @@
 """Translation between the port's values and etcd's messages, and of its failures. Pure functions.
 
-Theory: the only question that matters about a failed write is whether it may have been applied (PROTOCOL J6). The tables
-below answer it code by code; what is not listed is `Ambiguous`, for a wrong "ambiguous" costs a round trip and a wrong
-"not applied" costs the promise.
+Theory: the only question that matters about a failed write is whether it may have been applied (PROTOCOL J6). The
+tables below answer it code by code; what is not listed is `Ambiguous`, for a wrong "ambiguous" costs a round trip and a
+wrong "not applied" costs the promise.
 """
 
 from __future__ import annotations
@@ -127,11 +127,11 @@ def surely_not_applied(
 ) -> bool:
     """Whether a write that the server called off was really without effect.
 
-    A "no space" is no proof by itself: etcd checks its quota again when it applies, and if it has just run out there, it
-    runs the transaction *and* reports the error (etcd 3.7.3, server/etcdserver/apply/quota.go). But the answer is final, so
-    a read after it decides: the write would have taken a revision after `before`, the last header seen before it was
-    sent. It did not if nothing did, or if a key that it would have written is still as old as `before`. Another cluster
-    or an older raft term means a restored store, whose revisions prove nothing (PROTOCOL J12).
+    A "no space" is no proof by itself: etcd checks its quota again when it applies, and if it has just run out there,
+    it runs the transaction *and* reports the error (etcd 3.7.3, server/etcdserver/apply/quota.go). But the answer is
+    final, so a read after it decides: the write would have taken a revision after `before`, the last header seen before
+    it was sent. It did not if nothing did, or if a key that it would have written is still as old as `before`. Another
+    cluster or an older raft term means a restored store, whose revisions prove nothing (PROTOCOL J12).
     """
     if before is None or before.cluster_id != after.cluster_id or after.raft_term < before.raft_term:
         return False

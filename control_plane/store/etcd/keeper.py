@@ -1,8 +1,8 @@
 """`ThreadedLeaseKeeper`: a replica's lease, renewed from a thread with a connection of its own (PROTOCOL O2).
 
-Theory: the main loop can stall for longer than is healthy (a garbage collection, a big message) without being dead, and a
-renewal must neither wait for it nor hide that it is gone. So renewals run beside it, and stop when its ticks stop. The
-channel is a synchronous one: a second grpc.aio loop in one process misbehaves.
+Theory: the main loop can stall for longer than is healthy (a garbage collection, a big message) without being dead, and
+a renewal must neither wait for it nor hide that it is gone. So renewals run beside it, and stop when its ticks stop.
+The channel is a synchronous one: a second grpc.aio loop in one process misbehaves.
 
 Shared with the main loop: the `Renewal`, whose fields are single floats and flags, each written by one side only.
 """
@@ -22,7 +22,8 @@ from control_plane.store.etcd.channel import CHANNEL_OPTIONS, HAS_LEADER, LEASE_
 from control_plane.store.keeper import NEVER, Renewal
 
 JOIN_TIMEOUT = 5.0
-"""Seconds that `stop` waits for the thread; the call in flight is cut off when its channel closes, so it takes far less."""
+"""Seconds that `stop` waits for the thread; the call in flight is cut off when its channel closes, so it takes far
+less."""
 
 
 class ThreadedLeaseKeeper:

@@ -1,10 +1,10 @@
 """One watch over a stream that may break at any time.
 
-Theory: a watch is a position and nothing else: the revision up to which everything was delivered. Whatever happens to the
-stream, it is opened again right after that position, so no change is lost or repeated. What makes clients hang for ever
-(reliability.md section 6, pitfalls 12 and 19) is met by two rules: every message is asked whether it ends the watch, the
-creation reply too; and silence is never trusted: after `STALL` seconds the server is asked for a sign of life, and after
-as many more the watch moves to another endpoint.
+Theory: a watch is a position and nothing else: the revision up to which everything was delivered. Whatever happens to
+the stream, it is opened again right after that position, so no change is lost or repeated. What makes clients hang for
+ever (reliability.md section 6, pitfalls 12 and 19) is met by two rules: every message is asked whether it ends the
+watch, the creation reply too; and silence is never trusted: after `STALL` seconds the server is asked for a sign of
+life, and after as many more the watch moves to another endpoint.
 """
 
 from __future__ import annotations

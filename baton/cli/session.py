@@ -1,0 +1,141 @@
+"""What every command shares: the flags that name a federation, the client's life, and the exit code of a failure.
+
+Theory: scripts read exit codes, people read messages. Codes: 0 succeeded, 1 failed, 2 usage or bad input, 3 deadline,
+4 cancelled, 5 not found, 6 unreachable or unknown. A failure whose effect is unknown is always 6, whatever else it says:
+a script that reads anything else may conclude too much (PROTOCOL J6).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import click
+
+from baton import contexts, names
+from baton.client import AsyncClient, Tls
+from baton.contexts import Context
+from baton.errors import UNKNOWN, BatonError
+from baton.v1 import run_pb2
+
+SUCCEEDED, FAILED, BAD_INPUT, DEADLINE, CANCELLED, NOT_FOUND, UNREACHABLE = range(7)
+
+EXIT_OF_STATE = {
+    run_pb2.RUN_STATE_SUCCEEDED: SUCCEEDED,
+    run_pb2.RUN_STATE_FAILED: FAILED,
+    run_pb2.RUN_STATE_DEADLINE_EXCEEDED: DEADLINE,
+    run_pb2.RUN_STATE_CANCELLED: CANCELLED,
+}
+"""Final state of a run -> exit code; a state that is not final is UNREACHABLE: its outcome is not known."""
+
+_EXIT_OF_REASON = {
+    "INVALID_FIELD": BAD_INPUT,
+    "NAME_TAKEN": BAD_INPUT,
+    "REQUEST_ID_REUSED": BAD_INPUT,
+    "REQUEST_ID_EXPIRED": BAD_INPUT,
+    "REQUEST_ID_AHEAD": BAD_INPUT,
+    "LIMIT_EXCEEDED": BAD_INPUT,
+    "INFEASIBLE": DEADLINE,
+    "NOT_FOUND": NOT_FOUND,
+    "UNREACHABLE": UNREACHABLE,
+    "NOT_OWNED": UNREACHABLE,
+    "STORE_UNAVAILABLE": UNREACHABLE,
+    "DRAINING": UNREACHABLE,
+    "TIMED_OUT": UNREACHABLE,
+    "INTERNAL": UNREACHABLE,
+}
+
+Answer = TypeVar("Answer")
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def exit_code(error: BatonError) -> int:
+    """The exit code of a failed call."""
+    if error.applied == UNKNOWN:
+        return UNREACHABLE
+    return _EXIT_OF_REASON.get(error.reason, FAILED)
+
+
+def say_error(error: BatonError) -> None:
+    """Prints a failure on standard error: what, which fields, and whether it may have happened."""
+    click.echo(f"error: {clean(error.message)}", err=True)
+    for each in error.field_violations:
+        click.echo(f"  {clean(each.field)}: {clean(each.message)}", err=True)
+    if error.applied == UNKNOWN and exit_code(error) == UNREACHABLE and error.reason != "UNREACHABLE":
+        click.echo("  it is not known whether the call took effect; look before you repeat it", err=True)
+
+
+def connection_options(command: Command) -> Command:
+    """--endpoint, --context and -n, of the group or of a command."""
+    command = click.option("--endpoint", multiple=True, metavar="HOST:PORT", help="A replica; may be repeated.")(
+        command
+    )
+    command = click.option("--context", default="", metavar="NAME", help="A context of the contexts file.")(command)
+    return click.option("-n", "--namespace", default="", metavar="NS", help="The namespace.")(command)
+
+
+def connected(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a command the flags that name a federation; it receives `to: Context`."""
+
+    @connection_options
+    @click.pass_context
+    @functools.wraps(command)
+    def wrapped(
+        ctx: click.Context, /, *args: Any, endpoint: tuple[str, ...], context: str, namespace: str, **kwargs: Any
+    ) -> Any:
+        outer = ctx.find_root().params
+        to = contexts.resolve(
+            endpoints=endpoint or outer.get("endpoint", ()),
+            context=context or outer.get("context", ""),
+            namespace=namespace or outer.get("namespace", ""),
+            env=os.environ,
+        )
+        return command(*args, to=to, **kwargs)
+
+    return wrapped
+
+
+def open_client(to: Context) -> AsyncClient:
+    """The client of a context. Raises InvalidField or Denied."""
+    tls = Tls(to.ca, to.certificate, to.key) if to.ca or to.certificate or to.key else None
+    return AsyncClient(to.endpoints, tls=tls)
+
+
+def ask(to: Context, question: Callable[[AsyncClient], Awaitable[Answer]]) -> Answer:
+    """Runs one question with a client of its own. Raises BatonError."""
+
+    async def asking() -> Answer:
+        async with open_client(to) as client:
+            return await question(client)
+
+    return asyncio.run(asking())
+
+
+def run_name(text: str, to: Context) -> names.RunName:
+    """A run as a person names it; a bad name is a usage error."""
+    return _or_usage(lambda: names.short_run(text, to.namespace))
+
+
+def task_name(text: str, to: Context) -> names.TaskName:
+    """A task as a person names it; a bad name is a usage error."""
+    return _or_usage(lambda: names.short_task(text, to.namespace))
+
+
+def cluster_name(text: str) -> names.ClusterName:
+    """A cluster as a person names it; a bad name is a usage error."""
+    return _or_usage(lambda: names.short_cluster(text))
+
+
+def _or_usage(read: Callable[[], Answer]) -> Answer:
+    try:
+        return read()
+    except names.InvalidName as error:
+        raise click.UsageError(str(error)) from None
+
+
+def clean(text: str) -> str:
+    """Foreign text for a terminal: control characters, which could move its cursor or colour it, are shown as marks."""
+    return "".join(char if char.isprintable() else "?" if char not in "\n\t" else " " for char in text)

@@ -1,0 +1,54 @@
+"""Fake workloads: scripts in argv, `fake --seconds 1.5 --exit 0 --result text --output text --ignore-term`.
+
+A process ends by itself after `seconds`, at TERM unless it ignores it, and at KILL. Its `Interval` tells when it really
+lived, in true time, for the checkers of overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster_agent.executors.base import AttemptKey
+
+
+@dataclass(slots=True)
+class Interval:
+    """When a process lived, in true time; `end` is None while it does."""
+
+    key: AttemptKey
+    start: float
+    end: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What a fake workload does."""
+
+    seconds: float = 0.0
+    exit_code: int = 0
+    result: bytes = b""
+    output: bytes = b""
+    ignore_term: bool = False
+
+    @staticmethod
+    def parse(argv: Sequence[str]) -> Script:
+        """From `fake --seconds S --exit N --result TEXT --output TEXT --ignore-term`. Raises ValueError."""
+        if not argv or argv[0] != "fake":
+            raise ValueError(f"program {argv[0] if argv else ''!r} was not found: this executor runs only 'fake'")
+        words, found, ignore_term = list(argv[1:]), {}, False
+        while words:
+            word = words.pop(0)
+            if word == "--ignore-term":
+                ignore_term = True
+            elif word in ("--seconds", "--exit", "--result", "--output") and words:
+                found[word] = words.pop(0)
+            else:
+                raise ValueError(f"fake workload: cannot read {word!r}")
+        return Script(
+            float(found.get("--seconds", "0")),
+            int(found.get("--exit", "0")),
+            found.get("--result", "").encode(),
+            found.get("--output", "").encode(),
+            ignore_term,
+        )

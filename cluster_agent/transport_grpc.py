@@ -1,0 +1,160 @@
+"""The Transport over gRPC; the only module of the agent plane that imports grpc.
+
+Plain text only to loopback addresses; anything else needs mutual TLS, where the certificate names the cluster. Certificates are
+read anew for every connection, so that a rotated one is used by the next stream. Keepalives notice a dead peer within 15 s
+when nothing else does; faster pings would be refused by servers with default settings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from baton.v1 import agent_pb2, agent_pb2_grpc
+from cluster_agent.transport import Stream, TransportClosed
+
+DIAL_SECONDS = 3.0
+"""To have a connection. Shorter than the session's patience, so that a dead endpoint costs one try, not the session's."""
+
+MESSAGE_BYTES = 4 << 20
+ENDPOINTS = 32
+"""Most endpoints kept; replicas are few, and a list from the wire is bounded."""
+
+OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.enable_retries", 0),  # a stream that broke is opened anew, with an inventory
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files. `server_name` overrides the name that the server's certificate must carry."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+    server_name: str = ""
+
+
+class BadEndpoint(ValueError):
+    """Not host:port, or plain text beyond loopback."""
+
+
+def check_endpoint(endpoint: str, *, tls: bool) -> None:
+    """Raise BadEndpoint for what must not be dialled."""
+    host, _, port = endpoint.rpartition(":")
+    host = host.strip("[]")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise BadEndpoint(f"{endpoint!r} is not host:port")
+    if tls or host == "localhost":
+        return
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise BadEndpoint(f"{endpoint!r} is not a loopback address; plain text goes no further: give --tls-* files")
+
+
+class GrpcTransport:
+    """Dials its endpoints in turn."""
+
+    def __init__(self, endpoints: Sequence[str], tls: TlsFiles | None = None) -> None:
+        """Raises BadEndpoint."""
+        if not endpoints:
+            raise BadEndpoint("no endpoint is given")
+        for endpoint in endpoints:
+            check_endpoint(endpoint, tls=tls is not None)
+        self._endpoints = list(dict.fromkeys(endpoints))
+        self._tls = tls
+        self._next = 0
+
+    async def connect(self) -> Stream:
+        endpoint = self._endpoints[self._next % len(self._endpoints)]
+        self._next += 1
+        channel = self._channel(endpoint)
+        try:
+            await asyncio.wait_for(channel.channel_ready(), DIAL_SECONDS)
+        except TimeoutError as error:
+            await channel.close()
+            raise TransportClosed(f"{endpoint} did not answer within {DIAL_SECONDS} s") from error
+        except BaseException:
+            await channel.close()
+            raise
+        return _GrpcStream(endpoint, channel)
+
+    def learn(self, endpoints: Sequence[str]) -> None:
+        for endpoint in endpoints:
+            if endpoint in self._endpoints or len(self._endpoints) >= ENDPOINTS:
+                continue
+            try:
+                check_endpoint(endpoint, tls=self._tls is not None)
+            except BadEndpoint:
+                continue
+            self._endpoints.append(endpoint)
+
+    async def close(self) -> None:
+        """Streams own their channels; nothing else is held."""
+
+    def _channel(self, endpoint: str) -> grpc.aio.Channel:
+        if self._tls is None:
+            return grpc.aio.insecure_channel(endpoint, options=OPTIONS)
+        try:
+            credentials = grpc.ssl_channel_credentials(
+                root_certificates=self._tls.ca.read_bytes(),
+                private_key=self._tls.key.read_bytes(),
+                certificate_chain=self._tls.certificate.read_bytes(),
+            )
+        except OSError as error:
+            raise TransportClosed(f"TLS files cannot be read: {error}") from error
+        name = self._tls.server_name
+        override = (("grpc.ssl_target_name_override", name),) if name else ()
+        return grpc.aio.secure_channel(endpoint, credentials, options=(*OPTIONS, *override))
+
+
+class _GrpcStream:
+    """One call on a channel of its own."""
+
+    def __init__(self, endpoint: str, channel: grpc.aio.Channel) -> None:
+        self._endpoint = endpoint
+        self._channel = channel
+        self._call: Any = agent_pb2_grpc.AgentServiceStub(channel).Session()
+
+    @property
+    def endpoint(self) -> str:
+        return self._endpoint
+
+    async def send(self, messages: Sequence[agent_pb2.SessionRequest]) -> None:
+        try:
+            for message in messages:
+                await self._call.write(message)
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            raise TransportClosed(self._cause(error)) from error
+
+    async def receive(self) -> Sequence[agent_pb2.SessionResponse]:
+        try:
+            message = await self._call.read()
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            raise TransportClosed(self._cause(error)) from error
+        if message is grpc.aio.EOF:
+            raise TransportClosed(f"{self._endpoint} ended the stream")
+        return (message,)
+
+    async def close(self) -> None:
+        self._call.cancel()
+        await self._channel.close()
+
+    def _cause(self, error: Exception) -> str:
+        if isinstance(error, grpc.aio.AioRpcError):
+            return f"{self._endpoint}: {error.code().name}: {error.details()}"
+        return f"{self._endpoint}: {error}"

@@ -1,0 +1,70 @@
+"""What the scheduler looks at, and what it answers: plain values (PROTOCOL C1). Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from control_plane.core.capacity import Shape
+from control_plane.core.model import ClusterFacts, Group, Resources
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A cluster and its room. `shapes` is None while its current generation has not reported. `changes` are tasks placed (> 0)
+    or ended (< 0) since that report (C4)."""
+
+    facts: ClusterFacts
+    shapes: tuple[Shape, ...] | None
+    changes: tuple[tuple[Resources, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """Ready tasks of one group in one shard. `start_by` (wall seconds): the latest start that meets the deadline; `since`
+    (wall seconds): when the first of them became ready."""
+
+    shard: str
+    key: str
+    group: Group
+    count: int
+    start_by: float
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a namespace uses already: `count` times `resources`."""
+
+    namespace: str
+    resources: Resources
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything `place` looks at. A namespace without a weight has 1."""
+
+    offers: tuple[Offer, ...]
+    wants: tuple[Want, ...]
+    holdings: tuple[Holding, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """Permission for `count` tasks of a group of a shard on a cluster's generation (C1)."""
+
+    shard: str
+    key: str
+    cluster: str
+    generation: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Grants, and for each (shard, group key) of which tasks still wait one sentence that names what is missing."""
+
+    grants: tuple[Granted, ...]
+    reasons: Mapping[tuple[str, str], str]

@@ -1,0 +1,197 @@
+"""One pure function: what the federation wants and has -> who may use what, and why the rest waits (PROTOCOL C1-C4).
+
+Theory. The leader never sees tasks, only counts of equal ones (groups), and never places, only permits. So a plan costs
+O(groups x clusters) however many tasks there are, and a wrong plan costs a rejection, never correctness (C3).
+
+Order: priority class first. In a class, namespaces by weighted dominant-resource fairness: whoever has the least share of
+its scarcest resource, divided by its weight, goes next, by small steps. In a namespace, the group with the least slack
+first, then the one that waits longest. What a namespace holds already counts, so a late-comer catches up.
+
+Choice: a cluster must be READY and OPEN, bear the names, labels, isolation and namespaces, and no taint that is not
+tolerated (`core.reasons`); then tasks are spread in proportion to how many more of them each cluster can hold, so that no
+cluster fills up while another idles, and one loss hurts least.
+
+No queue is planned beyond free room: owners tell at once which slots became free (`Offer.changes`), and a finished task's
+slot serves the next of its group without a visit here (C2), so short tasks need no queue of ours; a task queued behind a
+long one would miss the slot that another cluster frees first.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from control_plane.core.capacity import Room, Vector, need_of, size_of
+from control_plane.core.model import ClusterFacts
+from control_plane.core.offers import Granted, Holding, Plan, Snapshot, Want
+from control_plane.core.reasons import candidates, reason_for, slots
+
+__all__ = ["HEADROOM", "MAX_GRANT", "SHARE_STEP", "URGENT_SLACK", "place"]
+
+URGENT_SLACK = 60.0
+"""Seconds of slack below which work is urgent. Too small: it is urgent when it is too late; too large: everything is."""
+
+HEADROOM = 0.05
+"""Share of the room for a group that only urgent work may use, rounded down to whole tasks: under 20 slots there is none.
+More would idle capacity that is paid for; less leaves urgent work to wait for an end."""
+
+SHARE_STEP = 0.01
+"""How far one namespace may run ahead of the next in one step, as a share of the federation. Smaller: more steps per plan;
+larger: a visible unfairness when room is scarce."""
+
+MAX_GRANT = 2048
+"""Tasks permitted to one group of one shard in a plan: about what an owner binds in one batch (J2). The rest follows with the
+next plan, some milliseconds later."""
+
+
+def place(snapshot: Snapshot, now: float) -> Plan:
+    """Permit what fits, in order (see the module). Deterministic: equal snapshots give equal plans. `now` is wall seconds."""
+    board = _Board(snapshot)
+    tickets = [_Ticket(want, want.start_by - now < URGENT_SLACK) for want in snapshot.wants if want.count > 0]
+    for priority in sorted({ticket.want.group.priority for ticket in tickets}, reverse=True):
+        board.serve([ticket for ticket in tickets if ticket.want.group.priority == priority], snapshot.weights)
+    return Plan(tuple(_grants(tickets)), _reasons(tickets, board))
+
+
+class _Ticket:
+    """A want while it is served."""
+
+    __slots__ = ("granted", "left", "need", "room_left", "urgent", "want")
+
+    def __init__(self, want: Want, urgent: bool) -> None:
+        self.want = want
+        self.urgent = urgent
+        self.need = need_of(want.group.resources)
+        self.left = want.count
+        self.room_left = min(want.count, MAX_GRANT)
+        self.granted: dict[str, tuple[ClusterFacts, int]] = {}
+
+    def order(self) -> tuple[float, float, str, str]:
+        """Least slack, then first in first out."""
+        return (self.want.start_by, self.want.since, self.want.key, self.want.shard)
+
+    def got(self, facts: ClusterFacts, count: int) -> None:
+        """Room for `count` tasks was taken on a cluster."""
+        before = self.granted.get(facts.uid)
+        self.granted[facts.uid] = (facts, count + (before[1] if before else 0))
+        self.left -= count
+        self.room_left -= count
+
+
+class _Board:
+    """Rooms and shares while a plan is made."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.offers = snapshot.offers
+        self.rooms = [Room(offer.shapes or ()) for offer in self.offers]
+        self._sizes = [size_of(offer.shapes or ()) for offer in self.offers]
+        self._candidates: dict[str, list[int]] = {}
+        self._total: Vector = defaultdict(int)
+        for offer, room, size in zip(self.offers, self.rooms, self._sizes, strict=True):
+            for name, amount in size.items():
+                self._total[name] += amount
+            for resources, count in offer.changes:
+                if count > 0:
+                    room.charge(need_of(resources), count)
+                else:
+                    room.give(need_of(resources), -count)
+        self._shares = self._held(snapshot.holdings, snapshot.weights)
+
+    def _held(self, holdings: Iterable[Holding], weights: Mapping[str, float]) -> dict[str, float]:
+        """Weighted dominant share of each namespace before this plan."""
+        used: dict[str, Vector] = defaultdict(lambda: defaultdict(int))
+        for holding in holdings:
+            for name, amount in need_of(holding.resources).items():
+                used[holding.namespace][name] += amount * holding.count
+        return defaultdict(
+            float, {ns: self._dominant(vector) / _weight(weights, ns) for ns, vector in used.items()}
+        )
+
+    def _dominant(self, vector: Vector) -> float:
+        """The largest share of any resource of the federation."""
+        return max((amount / self._total[name] for name, amount in vector.items() if self._total[name]), default=0.0)
+
+    def serve(self, tickets: list[_Ticket], weights: Mapping[str, float]) -> None:
+        """One priority class: the poorest namespace takes a step, until nobody can."""
+        queues: dict[str, list[_Ticket]] = defaultdict(list)
+        for ticket in sorted(tickets, key=_Ticket.order, reverse=True):
+            queues[ticket.want.group.namespace].append(ticket)
+        heap = [(self._shares[ns], queue[-1].order(), ns) for ns, queue in queues.items()]
+        heapq.heapify(heap)
+        while heap:
+            share, _, ns = heapq.heappop(heap)
+            queue = queues[ns]
+            ticket = queue[-1]
+            unit = self._dominant(ticket.need) / _weight(weights, ns)
+            step = ticket.room_left
+            if heap and unit > 0:
+                step = min(step, max(1, int((heap[0][0] - share + SHARE_STEP) / unit)))
+            taken = self._take(ticket, step)
+            self._shares[ns] = share + taken * unit
+            if taken < step or ticket.room_left == 0:
+                queue.pop()
+            if queue:
+                heapq.heappush(heap, (self._shares[ns], queue[-1].order(), ns))
+
+    def _take(self, ticket: _Ticket, wanted: int) -> int:
+        """Spread up to `wanted` tasks over the candidates in proportion to how many each can hold; how many found room."""
+        chosen = self.candidates(ticket)
+        fits = [self.rooms[i].fit(ticket.need) for i in chosen]
+        wanted = min(wanted, max(sum(fits) - self.kept(ticket), 0))
+        if wanted == 0:
+            return 0
+        for i, count in zip(chosen, _spread(wanted, fits), strict=True):
+            if count:
+                ticket.got(self.offers[i].facts, self.rooms[i].take(ticket.need, count))
+        return wanted
+
+    def candidates(self, ticket: _Ticket) -> list[int]:
+        """Indices of the clusters that may run the ticket's group, in order of name, whatever room they have."""
+        found = self._candidates.get(ticket.want.key)
+        if found is None:
+            found = sorted(candidates(ticket.want.group, self.offers), key=lambda i: self.offers[i].facts.name)
+            self._candidates[ticket.want.key] = found
+        return found
+
+    def kept(self, ticket: _Ticket) -> int:
+        """Slots of this size that only urgent work may use."""
+        if ticket.urgent:
+            return 0
+        return int(HEADROOM * sum(slots(self._sizes[i], ticket.need) for i in self.candidates(ticket)))
+
+
+def _spread(wanted: int, fits: list[int]) -> list[int]:
+    """`wanted` <= sum(fits) split in proportion to `fits`, in whole tasks: largest remainder first, then largest fit."""
+    total = sum(fits)
+    parts = [wanted * fit // total for fit in fits]
+    order = sorted(range(len(fits)), key=lambda i: (-(wanted * fits[i] % total), -fits[i], i))
+    for i in order[: wanted - sum(parts)]:
+        parts[i] += 1
+    return parts
+
+
+def _weight(weights: Mapping[str, float], namespace: str) -> float:
+    """A weight of nothing would be an infinite share."""
+    return max(weights.get(namespace, 1.0), 0.001)
+
+
+def _grants(tickets: Iterable[_Ticket]) -> Iterable[Granted]:
+    for ticket in tickets:
+        for facts, count in ticket.granted.values():
+            yield Granted(ticket.want.shard, ticket.want.key, facts.uid, facts.generation, count)
+
+
+def _reasons(tickets: Iterable[_Ticket], board: _Board) -> dict[tuple[str, str], str]:
+    """One sentence for each ticket that is not served in full; equal groups share the search for it."""
+    known: dict[tuple[str, bool], str] = {}
+    reasons: dict[tuple[str, str], str] = {}
+    for ticket in tickets:
+        if ticket.left == 0:
+            continue
+        kind = (ticket.want.key, ticket.urgent)
+        if kind not in known:
+            kept = board.kept(ticket) > 0
+            known[kind] = reason_for(ticket.want.group, board.offers, board.rooms, kept=kept)
+        reasons[ticket.want.shard, ticket.want.key] = known[kind]
+    return reasons
