@@ -24,14 +24,18 @@ NOT_APPLIED = "no"
 UNKNOWN = "unknown"
 """`applied` of a try that may have had an effect, or may have it later."""
 
-_MAX_MESSAGE = 2000
-"""Characters of a message on the wire. Statuses travel in HTTP/2 trailers, which peers cut at 8 to 16 KiB in all."""
+_MAX_MESSAGE = 1000
+"""Bytes of a message on the wire. Statuses travel in HTTP/2 trailers, in base64 and the message once more in plain;
+gRPC begins to refuse trailers at 8 KiB, and what is refused arrives as no error of ours at all."""
 
-_MAX_VIOLATIONS = 20
-"""Field violations on the wire; for the same reason. The message says how many there were."""
+_MAX_VIOLATIONS = 12
+"""Field violations on the wire, for the same reason; the first ones are what a person mends first."""
 
-_MAX_VIOLATION_TEXT = 200
-"""Characters of one violation's path and of its description on the wire."""
+_MAX_VIOLATION_TEXT = 120
+"""Bytes of one violation's path, of its description, and of a value of metadata, on the wire."""
+
+_MAX_METADATA = 8
+"""Entries of metadata on the wire."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,8 +267,8 @@ def to_status(error: BatonError) -> status_pb2.Status:
     """The error as it travels: cut to sizes that fit into trailers, `applied` always said."""
     status = status_pb2.Status(code=error.code, message=_cut(error.message, _MAX_MESSAGE))
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
-    for key, value in error.metadata.items():
-        info.metadata[key] = _cut(value, _MAX_VIOLATION_TEXT)
+    for key, value in list(error.metadata.items())[:_MAX_METADATA]:
+        info.metadata[_cut(key, _MAX_VIOLATION_TEXT)] = _cut(value, _MAX_VIOLATION_TEXT)
     info.metadata["applied"] = error.applied
     status.details.add().Pack(info)
     if error.field_violations:
@@ -310,4 +314,6 @@ def from_status(status: status_pb2.Status) -> BatonError:
 
 
 def _cut(text: str, size: int) -> str:
-    return text if len(text) <= size else text[: size - 3] + "..."
+    """At most `size` bytes of UTF-8."""
+    data = text.encode("utf-8", "replace")
+    return text if len(data) <= size else data[: size - 3].decode("utf-8", "ignore") + "..."

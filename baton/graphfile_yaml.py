@@ -27,7 +27,7 @@ from baton import names
 MAX_BYTES = 16 * 1024 * 1024
 """Largest file. A million small tasks are made by a program through the client, not by hand through YAML."""
 
-MAX_ENTRIES = 3_000_000
+MAX_ENTRIES = 1_000_000
 """Entries read, aliases counted each time. Fewer would refuse honest files of 16 MiB; many more take minutes."""
 
 MAX_PROBLEMS = 20

@@ -160,8 +160,8 @@ def from_millis(
     guard_ms: int,
     base: LeaseValues | None = None,
 ) -> LeaseValues:
-    """Inverse of `to_millis`. What does not travel (P, X, rho, m, T_rpc, E) is that of `base`; without one it is the named
-    profile's, or for an unknown name the default's, which then must tolerate one miss only. Raises UnsafeLease.
+    """Inverse of `to_millis`. What does not travel (P, X, rho, m, T_rpc, E) is that of `base`; without one it is the
+    named profile's, or for an unknown name the default's, which then must tolerate one miss only. Raises UnsafeLease.
     """
     known = base or PROFILES.get(profile) or replace(PROFILES[DEFAULT_PROFILE], misses=1)
     values = replace(

@@ -11,9 +11,9 @@ import re
 from datetime import UTC, datetime
 from decimal import Decimal
 
-_PART = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)(ms|us|s|m|h|d)")
-_AMOUNT = re.compile(r"(-?\d{1,18}(?:\.\d{1,9})?)(Ki|Mi|Gi|Ti|Pi|k|K|M|G|T|P)?")
-_CPU = re.compile(r"(-?\d{1,12}(?:\.\d{1,9})?)(m)?")
+_PART = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(ms|us|s|m|h|d)")
+_AMOUNT = re.compile(r"(-?[0-9]{1,18}(?:\.[0-9]{1,9})?)(Ki|Mi|Gi|Ti|Pi|k|K|M|G|T|P)?")
+_CPU = re.compile(r"(-?[0-9]{1,12}(?:\.[0-9]{1,9})?)(m)?")
 _NANOS = {
     "us": 1_000,
     "ms": 1_000_000,

@@ -5,7 +5,8 @@ Contract:
 1. `append` hands bytes to the operating system: they survive the end of the process, not a power cut.
 2. After `sync` returned, everything appended to that file before survives a power cut.
 3. `replace` is atomic and durable: afterwards, whatever happens, the file is wholly the old or wholly the new one.
-4. A failed `append` leaves the file as it was; a failed `sync` leaves it in doubt, and only `replace` makes it good again.
+4. A failed `append` leaves the file as it was; a failed `sync` leaves it in doubt, and only `replace` makes it good
+   again.
 
 `RealDisk` is a directory; `MemoryDisk` is the simulator's, with a power cut (`crash`) and a size at which it is full.
 """
@@ -13,9 +14,12 @@ Contract:
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 from pathlib import Path
 from typing import Protocol
+
+LOCK_FILE = "agent.lock"
 
 
 class DiskFailure(OSError):
@@ -51,7 +55,10 @@ class Disk(Protocol):
 
 
 class RealDisk:
-    """A directory of the host, made if need be (mode 0700: reports may hold what tasks returned)."""
+    """A directory of the host, made if need be (mode 0700: reports may hold what tasks returned).
+
+    It is locked: two agents in one directory would tear each other's journal. Raises DiskFailure when another has it.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -60,6 +67,12 @@ class RealDisk:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise DiskFailure(error.errno, f"cannot make {directory}: {error.strerror}") from error
+        self._lock = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise DiskFailure(error.errno, f"another agent uses {directory}") from error
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -106,6 +119,9 @@ class RealDisk:
     def close(self) -> None:
         for name in list(self._handles):
             self._forget(name)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _open(self, name: str) -> int:
         if name not in self._handles:

@@ -1,13 +1,13 @@
 """The agent's journal: what must outlive the process, as records in one append-only file (PROTOCOL F3, F4, S6).
 
-A line is `crc32 json`, and the first line names the journal's uid, made once: another uid means a reinstalled agent. State
-is the fold of the lines (`core.records`). Only tombstones, epochs, sessions and boots are synced; the rest may lose its tail
-in a power cut, after which everything is dead anyway and the boot id says so.
+A line is `crc32 json`, and the first line names the journal's uid, made once: another uid means a reinstalled agent.
+State is the fold of the lines (`core.records`). Only tombstones, epochs, sessions and boots are synced; the rest may
+lose its tail in a power cut, after which everything is dead anyway and the boot id says so.
 
 * A **torn tail** is what an append met when the power went: bytes at the end that are no whole line. It is dropped.
 * A bad line *before* good ones is something else; the journal then refuses to open rather than forget a tombstone.
-* The file is rewritten as a snapshot when it has grown, on every opening, and after any failure of the disk: a rewrite is
-  atomic and holds the whole state, so nothing that failed to be written needs to be remembered apart.
+* The file is rewritten as a snapshot when it has grown, on every opening, and after any failure of the disk: a
+  rewrite is atomic and holds the whole state, so nothing that failed to be written needs to be remembered apart.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ FILE = "journal"
 VERSION = 1
 
 COMPACT_BYTES = 4 << 20
-"""Growth since the last snapshot at which the file is rewritten. Smaller: rewrites under load; larger: slow openings (a line is
-about 10 us to read, so 4 MiB is about 0.2 s)."""
+"""Growth since the last snapshot at which the file is rewritten. Smaller: rewrites under load; larger: slow openings
+(a line is about 10 us to read, so 4 MiB is about 0.2 s)."""
 
 
 class JournalCorrupt(Exception):
-    """The journal is damaged in the middle, or of another version. An operator must look (removing it makes a new agent)."""
+    """The journal is damaged in the middle, or of another version. An operator must look (removing it makes a new
+    agent)."""
 
 
 class Journal:
@@ -89,7 +90,7 @@ def _line(value: dict[str, Any]) -> bytes:
 
 
 def _parse(data: bytes) -> tuple[str, list[Record]]:
-    """Uid and records; the uid is empty if not even the header is whole."""
+    """Uid and records. Raises JournalCorrupt."""
     values: list[dict[str, Any]] = []
     torn = -1
     for number, line in enumerate(data.split(b"\n")):
@@ -101,7 +102,9 @@ def _parse(data: bytes) -> tuple[str, list[Record]]:
         else:
             values.append(value)
     if not values:
-        return "", []
+        raise JournalCorrupt(
+            "the agent's journal has no whole line; its first one is written atomically, so this is damage"
+        )
     header = values[0]
     if header.get("version") != VERSION or not isinstance(header.get("journal"), str):
         raise JournalCorrupt(f"the agent's journal begins with {header!r}; this agent reads version {VERSION}")

@@ -1,4 +1,5 @@
-"""The loop that feeds the machine and carries out what it wants, in an order that a crash at any point cannot make wrong.
+"""The loop that feeds the machine and carries out what it wants, in an order that a crash at any point cannot make
+wrong.
 
 One turn:
 
@@ -9,9 +10,11 @@ One turn:
 
 Where reality deviates:
 
-* **The disk refuses** (full, broken): only actions that take nothing on and forget nothing leave, the rest waits. The machine
-  takes no more work, reports go on. Every tick tries to write the whole state anew; when that succeeds, what waited leaves.
-* **The executor refuses or is silent**: what it did is unknown. It is joined again beside this loop, and its census decides.
+* **The disk refuses** (full, broken): only actions that take nothing on and forget nothing leave, the rest waits. The
+  machine takes no more work, reports go on. Every tick tries to write the whole state anew; when that succeeds, what
+  waited leaves.
+* **The executor refuses or is silent**: what it did is unknown. It is joined again beside this loop, and its census
+  decides.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from cluster_agent.disk import DiskFailure
 from cluster_agent.executors.base import Executor
 from cluster_agent.journal import Journal
 from cluster_agent.waiting import within
-from cluster_agent.workload import census, start_request, work_event
+from cluster_agent.workload import census, outer, start_request, work_event
 
 log = logging.getLogger("baton.agent")
 
@@ -49,8 +52,8 @@ INBOX = 4096
 """Messages that may wait from the stream, and batches from the executor; then the senders wait (backpressure)."""
 
 EXECUTOR_SECONDS = 3.0
-"""An executor call that takes longer is unknown: the executor is joined again. A batch over a local socket takes milliseconds;
-much longer and a frozen guard would hold up the lapse."""
+"""An executor call that takes longer is unknown: the executor is joined again. A batch over a local socket takes
+milliseconds; much longer and a frozen guard would hold up the lapse."""
 
 JOIN_SECONDS = 20.0
 """To find or start a guard: its adapter needs up to 15 s when an earlier guard's work has to die first."""
@@ -148,7 +151,7 @@ class Reconciler:
                 self._rejoin.set()
                 continue
             if self._doubted and isinstance(action, StartWork):
-                continue  # the coming census finds no process and ends them as LOST; nobody knows what a start would do now
+                continue  # the coming census finds no process and ends them as LOST; what a start does now is unknown
             call = self._call(action)
             if call is None:
                 self.send(action)
@@ -167,11 +170,11 @@ class Reconciler:
             case StartWork(orders):
                 return executor.start([start_request(order, self._cluster) for order in orders])
             case StopWork(keys, grace):
-                return executor.stop(keys, grace_seconds=grace)
+                return executor.stop([outer(key) for key in keys], grace_seconds=grace)
             case AdoptWork(keys, generation):
-                return executor.adopt(keys, generation)
+                return executor.adopt([outer(key) for key in keys], generation)
             case ForgetWork(keys):
-                return executor.forget(keys)
+                return executor.forget([outer(key) for key in keys])
             case RenewLease(generation, sent_boot):
                 return executor.renew(generation, sent_boot)
             case SetBounds(fence, kill):

@@ -1,7 +1,7 @@
 """Between the wire (`baton.v1`) and the core's values. Knows both, decides nothing.
 
-A message that breaks its own shape (an index out of range, a missing part) raises BadMessage: the stream is then closed, for
-what else is on it cannot be trusted either.
+A message that breaks its own shape (an index out of range, a missing part) raises BadMessage: the stream is then
+closed, for what else is on it cannot be trusted either.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Contract:
 
-1. `connect` dials the next endpoint of the list, round robin: a failed or finished stream is followed by another endpoint.
+1. `connect` dials the next endpoint of the list, round robin: a failed or finished stream is followed by another
+   endpoint.
 2. A stream delivers in order or not at all; after any failure every call raises TransportClosed.
 3. `send` and `receive` carry batches. Neither buffers without bound: `send` waits while the peer is slow.
 4. No call waits for ever on a dead peer: adapters bound `connect` and notice silence by keepalives.

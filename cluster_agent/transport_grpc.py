@@ -1,8 +1,8 @@
 """The Transport over gRPC; the only module of the agent plane that imports grpc.
 
-Plain text only to loopback addresses; anything else needs mutual TLS, where the certificate names the cluster. Certificates are
-read anew for every connection, so that a rotated one is used by the next stream. Keepalives notice a dead peer within 15 s
-when nothing else does; faster pings would be refused by servers with default settings.
+Plain text only to loopback addresses; anything else needs mutual TLS, where the certificate names the cluster.
+Certificates are read anew for every connection, so that a rotated one is used by the next stream. Keepalives notice a
+dead peer within 15 s when nothing else does; faster pings would be refused by servers with default settings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from baton.v1 import agent_pb2, agent_pb2_grpc
 from cluster_agent.transport import Stream, TransportClosed
 
 DIAL_SECONDS = 3.0
-"""To have a connection. Shorter than the session's patience, so that a dead endpoint costs one try, not the session's."""
+"""To have a connection. Shorter than the session's patience, so that a dead endpoint costs one try, not the
+session's."""
 
 MESSAGE_BYTES = 4 << 20
 ENDPOINTS = 32
@@ -69,14 +70,15 @@ def check_endpoint(endpoint: str, *, tls: bool) -> None:
 class GrpcTransport:
     """Dials its endpoints in turn."""
 
-    def __init__(self, endpoints: Sequence[str], tls: TlsFiles | None = None) -> None:
-        """Raises BadEndpoint."""
+    def __init__(self, endpoints: Sequence[str], tls: TlsFiles | None = None, *, learns: bool = True) -> None:
+        """`learns`: whether addresses that replicas tell are dialled too. Raises BadEndpoint."""
         if not endpoints:
             raise BadEndpoint("no endpoint is given")
         for endpoint in endpoints:
             check_endpoint(endpoint, tls=tls is not None)
         self._endpoints = list(dict.fromkeys(endpoints))
         self._tls = tls
+        self._learns = learns
         self._next = 0
 
     async def connect(self) -> Stream:
@@ -95,7 +97,7 @@ class GrpcTransport:
 
     def learn(self, endpoints: Sequence[str]) -> None:
         for endpoint in endpoints:
-            if endpoint in self._endpoints or len(self._endpoints) >= ENDPOINTS:
+            if not self._learns or endpoint in self._endpoints or len(self._endpoints) >= ENDPOINTS:
                 continue
             try:
                 check_endpoint(endpoint, tls=self._tls is not None)

@@ -12,7 +12,8 @@ T = TypeVar("T")
 
 
 async def within(clock: Clock, seconds: float, work: Awaitable[T]) -> T:
-    """The result of `work` if it comes in time. Raises TimeoutError: what `work` did by then is unknown (it is cancelled)."""
+    """The result of `work` if it comes in time. Raises TimeoutError: what `work` did by then is unknown (it is
+    cancelled)."""
     task = asyncio.ensure_future(work)
     alarm = asyncio.ensure_future(clock.sleep(seconds))
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from cluster_agent.core import events as on
 from cluster_agent.core.commands import StartOrder
-from cluster_agent.core.model import Ended, Outcome
+from cluster_agent.core.model import AttemptKey, Ended, Outcome
+from cluster_agent.executors import base
 from cluster_agent.executors.base import (
     Cause,
     CensusEntry,
@@ -30,6 +31,16 @@ _OUTCOMES = {
 }
 
 
+def outer(key: AttemptKey) -> base.AttemptKey:
+    """The executor port's name for an attempt."""
+    return base.AttemptKey(key.run_uid, key.task, key.n, key.nonce)
+
+
+def inner(key: base.AttemptKey) -> AttemptKey:
+    """The core's name for an attempt."""
+    return AttemptKey(key.run_uid, key.task, key.n, key.nonce)
+
+
 def start_request(order: StartOrder, cluster: str) -> StartRequest:
     """All an executor needs. The environment carries the fence (F1) and the deadline (D1)."""
     spec, need = order.spec, order.spec.demand
@@ -47,7 +58,7 @@ def start_request(order: StartOrder, cluster: str) -> StartRequest:
     if spec.traceparent:
         env["TRACEPARENT"] = spec.traceparent
     return StartRequest(
-        key=order.key,
+        key=outer(order.key),
         generation=order.generation,
         argv=spec.argv,
         env=env,
@@ -64,21 +75,21 @@ def work_event(event: ExecutorEvent) -> on.Event | None:
     """What the core is told; None for the news that the guard died: the end of the events says the same."""
     match event:
         case Started(key, _, at_wall):
-            return on.WorkStarted(key, round(at_wall * 1000))
+            return on.WorkStarted(inner(key), round(at_wall * 1000))
         case Refused(key, reason):
-            return on.WorkRefused(key, reason)
+            return on.WorkRefused(inner(key), reason)
         case Exited():
-            return on.WorkEnded(event.key, _ended(event))
+            return on.WorkEnded(inner(event.key), _ended(event))
         case Stopped(key):
-            return on.WorkStopped(key)
+            return on.WorkStopped(inner(key))
     return None
 
 
 def census(entries: list[CensusEntry]) -> on.Census:
     """What the executor holds. A tombstoned key has no process: what the journal thinks of it decides (F4)."""
     held = (Phase.STARTING, Phase.RUNNING, Phase.STOPPING)
-    running = {entry.key: entry.generation for entry in entries if entry.phase in held}
-    ended = tuple(on.WorkEnded(entry.key, _ended(entry.exited)) for entry in entries if entry.exited is not None)
+    running = {inner(entry.key): entry.generation for entry in entries if entry.phase in held}
+    ended = tuple(on.WorkEnded(inner(entry.key), _ended(entry.exited)) for entry in entries if entry.exited is not None)
     return on.Census(running, ended)
 
 

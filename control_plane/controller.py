@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from baton.clock import Clock, Entropy
 from control_plane.claims import claim, give_back
-from control_plane.core.commands import Command, Refused
+from control_plane.core.commands import Command, Outbox, Refused
 from control_plane.core.events import Event
 from control_plane.core.machine import Machine
 from control_plane.cycle import Cycle
@@ -183,23 +183,29 @@ class Controller:
         if shard in self._slots or shard in self.stopped:
             return False
         slot = self._slots[shard] = Slot(shard)
-        value = owner_value(self._replica, self._entropy.token(NONCE_BYTES))
+        taken = False
         try:
-            epoch = await claim(self._store, self._clock, shard, value, self._lease, timeout=CLAIM_TIMEOUT)
-            if epoch is None:
-                return False
-            slot.handle = OwnedShard(shard, self._make_machine(shard), epoch, 0, 0, "", owner_value=value)
-            if not await self._fill(slot):
-                return False
+            taken = await self._take(slot)
         except StoreError as error:
             log.warning("could not take a shard", extra={"shard": shard, "error": str(error)})
-            return False
         finally:
-            if slot.phase is Phase.TAKING:
+            # It may have been dropped meanwhile, because the lease was lost.
+            taken = taken and self._slots.get(shard) is slot
+            if not taken:
                 self._cycle.forget(slot, None)
-        slot.owned.taken_boot = self._clock.boot()
-        self._cycle.opened(slot)
-        return True
+        if taken:
+            slot.owned.taken_boot = self._clock.boot()
+            self._cycle.opened(slot)
+        return taken
+
+    async def _take(self, slot: Slot) -> bool:
+        """Claim and recover. Raises Unavailable."""
+        shard, value = slot.shard, owner_value(self._replica, self._entropy.token(NONCE_BYTES))
+        epoch = await claim(self._store, self._clock, shard, value, self._lease, timeout=CLAIM_TIMEOUT)
+        if epoch is None:
+            return False
+        slot.handle = OwnedShard(shard, self._make_machine(shard), epoch, 0, 0, "", owner_value=value)
+        return await self._fill(slot)
 
     async def release(self, shard: str) -> None:
         """Flush and give back one shard (O4). Commands not yet decided get NotOwned."""
@@ -260,7 +266,7 @@ class Controller:
 def _fit(owned: OwnedShard, found: Recovered) -> None:
     """Make the handle show what was recovered. Loops keep the handle, not the machine."""
     owned.machine = found.machine
-    owned.machine.outbox = type(found.machine.outbox)()  # after a takeover effects come from state (J7)
+    owned.machine.outbox = Outbox()  # after a takeover effects come from state (J7)
     owned.seq, owned.nonce = found.head.seq, found.head.nonce
     owned.incarnation = found.incarnation
     owned.log_bytes += found.log_bytes

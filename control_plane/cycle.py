@@ -69,18 +69,15 @@ class Cycle:
         try:
             while True:
                 self._wake.clear()
-                if not self.lease_good():
-                    self._set_alarm(LAPSED_POLL)
-                    await self._wake.wait()
-                    continue
-                busy = await self._decide_all()
+                good = self.lease_good()
+                busy = await self._decide_all() if good else False
                 group = self._next_group()
                 if group:
                     await self._commit(group)
                 elif busy:
                     await self._clock.sleep(0)
                 else:
-                    self._set_alarm(self._next_timer())
+                    self._set_alarm(self._next_timer() if good else LAPSED_POLL)
                     await self._wake.wait()
         finally:
             for task in (self._alarm, *self._rebuilding):
@@ -235,8 +232,9 @@ class Cycle:
                 listener.committed(slot.owned, outbox)
 
     def _answer_reads(self, slot: Slot) -> None:
-        while slot.reads and slot.phase is Phase.OPEN and self.lease_good():
-            _answer(slot.reads[0], slot.owned.machine, self.lease_good)
+        while slot.reads and slot.phase is Phase.OPEN:
+            if not _answer(slot.reads[0], slot.owned.machine, self.lease_good):
+                return
             slot.reads.popleft()
 
     # -- rebuilding and timers -----------------------------------------------------------------------------------------------
@@ -296,16 +294,16 @@ def _settle(item: Item, reply: object) -> None:
         item.succeed(reply)
 
 
-def _answer(read: Read, machine: Any, lease_good: Callable[[], bool]) -> None:
-    """Answer a waiting read, unless nobody waits or the lease ran out meanwhile (J8)."""
+def _answer(read: Read, machine: Any, lease_good: Callable[[], bool]) -> bool:
+    """Answer a waiting read. False if it must wait on: the lease was not good after the answer was made (J8)."""
     if read.answer.done():
-        return
+        return True
     try:
         answer = read.question(machine)
     except Exception as error:  # noqa: BLE001 - the asker's own error, whatever it is, goes back to the asker
         read.answer.set_exception(error)
-        return
-    if lease_good():
-        read.answer.set_result(answer)
-    else:
-        read.answer.set_exception(NotOwned("unknown"))
+        return True
+    if not lease_good():
+        return False
+    read.answer.set_result(answer)
+    return True

@@ -20,7 +20,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from google.protobuf.message import DecodeError
 
@@ -108,8 +108,7 @@ class FleetWatch:
             self._anew()
 
     def _read(self, shard: OwnedShard) -> None:
-        assert isinstance(shard.machine, Fleet)
-        self._live = shard.machine.live()
+        self._live = cast(Fleet, shard.machine).live()
 
     # -- polling ------------------------------------------------------------------------------------------------------
 
@@ -140,9 +139,7 @@ class FleetWatch:
         self._answered = now
         if not self._owned:
             return
-        beats = {
-            session[0]: kv for kv in found.kvs if (session := keys.parse_session(kv.key)) and session[1] == "beat"
-        }
+        beats = {parsed[0]: kv for kv in found.kvs if (parsed := keys.parse_session(kv.key)) and parsed[1] == "beat"}
         for session in self._live:
             self._judge(session, beats, sent, now)
         living = {session.cluster for session in self._live}

@@ -12,13 +12,13 @@ placed a moment before its shard heard of the end, costs seconds and never corre
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 from baton.clock import Clock
 from control_plane.bell import Bell
 from control_plane.core.commands import GenerationFenced, TakeTable
-from control_plane.core.model import FLEET, AttemptId, ClusterFacts, Evidence
+from control_plane.core.model import FLEET, ClusterFacts, Evidence
+from control_plane.core.shard import RunShard
 from control_plane.view import View
 
 if TYPE_CHECKING:
@@ -27,25 +27,6 @@ if TYPE_CHECKING:
 
 LEVEL = 5.0
 """Seconds after which tables and fences are told again. Smaller costs a scan of live attempts; larger heals losses later."""
-
-
-class _Placed(Protocol):
-    """What an AttemptView tells us."""
-
-    @property
-    def generation(self) -> int: ...
-
-
-class LiveAttempts(Protocol):
-    """The part of `core.shard.RunShard` that is read here."""
-
-    def live_on(self, cluster: str) -> Iterable[AttemptId]:
-        """Attempts in live sets, placed on `cluster`."""
-        ...
-
-    def attempt(self, attempt: AttemptId) -> _Placed | None:
-        """Where it stands."""
-        ...
 
 
 class GuardWait:
@@ -123,7 +104,7 @@ class GuardWait:
         """Tell one shard the fences that are due; seconds until the next one may be."""
         wait = LEVEL
         now = self._clock.boot()
-        machine = cast(LiveAttempts, shard.machine)
+        machine = cast(RunShard, shard.machine)
         for uid, facts in self._view.table.clusters.items():
             if not facts.generations or (len(facts.generations) == 1 and not facts.generations[0].ended):
                 continue
@@ -141,7 +122,7 @@ class GuardWait:
         return wait
 
 
-def _generations_on(machine: LiveAttempts, cluster: str) -> set[int]:
+def _generations_on(machine: RunShard, cluster: str) -> set[int]:
     """Generations in which the shard has live attempts on a cluster."""
     views = (machine.attempt(attempt) for attempt in machine.live_on(cluster))
     return {view.generation for view in views if view is not None}

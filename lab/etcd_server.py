@@ -82,6 +82,7 @@ class EtcdServer:
     def start(self) -> None:
         """Start it and wait until it serves. Raises RuntimeError with the end of its log."""
         first_time = self._ports is None
+        fresh = not self.data_dir.exists()
         for _ in range(PORT_TRIES):
             if self._ports is None:
                 self._ports = free_ports()
@@ -92,7 +93,8 @@ class EtcdServer:
             if not first_time:
                 break
             self._ports = None
-            shutil.rmtree(self.data_dir, ignore_errors=True)
+            if fresh:  # it may hold a peer address that was taken; data that was there before is never ours to delete
+                shutil.rmtree(self.data_dir, ignore_errors=True)
         raise RuntimeError(f"etcd did not start:\n{self._log_tail()}")
 
     def stop(self) -> None:

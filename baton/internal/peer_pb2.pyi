@@ -419,6 +419,7 @@ class Grants(_message.Message):
     TTL_MS_FIELD_NUMBER: _builtins.int
     GRANTS_FIELD_NUMBER: _builtins.int
     REASONS_FIELD_NUMBER: _builtins.int
+    RETURNING_FIELD_NUMBER: _builtins.int
     shard: _builtins.str
     """The shard."""
     term: _builtins.int
@@ -435,6 +436,10 @@ class Grants(_message.Message):
     def reasons(self) -> _containers.RepeatedCompositeFieldContainer[Global___WaitReason]:
         """For groups that wait."""
 
+    @_builtins.property
+    def returning(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keys of groups whose freed slots go back to the leader: a higher class or an owed share waits (PROTOCOL C2)."""
+
     def __init__(
         self,
         *,
@@ -444,10 +449,11 @@ class Grants(_message.Message):
         ttl_ms: _builtins.int = ...,
         grants: _abc.Iterable[Global___Grant] | None = ...,
         reasons: _abc.Iterable[Global___WaitReason] | None = ...,
+        returning: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand_seq", b"demand_seq", "grants", b"grants", "reasons", b"reasons", "shard", b"shard", "term", b"term", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand_seq", b"demand_seq", "grants", b"grants", "reasons", b"reasons", "returning", b"returning", "shard", b"shard", "term", b"term", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

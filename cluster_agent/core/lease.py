@@ -106,6 +106,10 @@ class Leases(Generic[K]):
         self._kill = 0.0
         self._sent: dict[int, float] = {}
         self._entries: dict[K, _Entry] = {}
+        self._earliest: float | None = None
+        """Never later than the true next wake-up, unless `_stale`; asked before every request, so it is not
+        searched anew."""
+        self._stale = False
 
     def configure(self, fence_seconds: float, kill_seconds: float) -> None:
         """F and K from now on (S8); running attempts are measured by the new values. Raises ValueError unless both >
@@ -113,12 +117,14 @@ class Leases(Generic[K]):
         if not (fence_seconds > 0 and kill_seconds > 0):
             raise ValueError(f"fence ({fence_seconds}) and kill ({kill_seconds}) seconds must be positive")
         self._fence, self._kill = fence_seconds, kill_seconds
+        self._stale = True
 
     def renew(self, generation: int, sent: float, now: float) -> None:
         """A heartbeat sent at `sent` was acknowledged for `generation`."""
         self._prune(now)
         sent = min(sent, now)
         self._sent[generation] = max(self._sent.get(generation, sent), sent)
+        self._stale = True
 
     def refusal(self, generation: int, now: float) -> str | None:
         """Why nothing of `generation` may start at `now`; None when it may (G1)."""
@@ -132,7 +138,10 @@ class Leases(Generic[K]):
 
     def add(self, key: K, bounds: Bounds) -> None:
         """`key` was started."""
-        self._entries[key] = _Entry(bounds, bounds.generation)
+        entry = self._entries[key] = _Entry(bounds, bounds.generation)
+        at = self._wakeup(entry)
+        if at is not None and (self._earliest is None or at < self._earliest):
+            self._earliest = at
 
     def adopt(self, key: K, generation: int) -> bool:
         """`key` lives under `generation` from now on; False when it is not running."""
@@ -142,6 +151,7 @@ class Leases(Generic[K]):
         if entry.generation != generation:
             entry.inherited = self._sent_for(entry)
             entry.generation = generation
+            self._stale = True
         return True
 
     def cut(self, key: K, reason: Reason, now: float, grace_seconds: float) -> None:
@@ -152,6 +162,7 @@ class Leases(Generic[K]):
         cut = _Cut(now, now + max(0.0, grace_seconds), reason)
         if entry.cut is None or cut.kill_at < entry.cut.kill_at:
             entry.cut = cut
+            self._stale = True
 
     def generation(self, key: K) -> int | None:
         """The generation `key` lives under; None when it is not running."""
@@ -174,6 +185,7 @@ class Leases(Generic[K]):
     def due(self, now: float) -> list[Order[K]]:
         """What must be sent now; each TERM is ordered once, a KILL again every REPEAT_SECONDS until `remove`."""
         orders: list[Order[K]] = []
+        self._stale = True
         for key, entry in self._entries.items():
             cuts = self._cuts(entry)
             if entry.reason is None:
@@ -191,8 +203,12 @@ class Leases(Generic[K]):
         return orders
 
     def next_wakeup(self) -> float | None:
-        """The earliest time at which `due` may say something new; None when never."""
-        return min((at for at in map(self._wakeup, self._entries.values()) if at is not None), default=None)
+        """When `due` must be asked next; never too late, at times too early (after a `remove`). None: nothing to
+        wait for."""
+        if self._stale:
+            times = [at for at in map(self._wakeup, self._entries.values()) if at is not None]
+            self._earliest, self._stale = min(times, default=None), False
+        return self._earliest if self._entries else None
 
     def _wakeup(self, entry: _Entry) -> float | None:
         cuts = self._cuts(entry)

@@ -18,9 +18,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from cluster_agent.executors.base import AttemptKey
 
-__all__ = ["AgentState", "Attempt", "AttemptKey", "Demand", "Ended", "Epoch", "Mark", "Outcome", "Phase", "WorkSpec"]
+@dataclass(frozen=True, slots=True, order=True)
+class AttemptKey:
+    """Identity of an attempt (F1): run uid, dense task index, attempt number, nonce of the batch that placed it.
+
+    The executor port has one of its own: the core knows nothing of ports (`workload` translates).
+    """
+
+    run_uid: str
+    task: int
+    n: int
+    nonce: str
+
+    def text(self) -> str:
+        """`run.task.n.nonce`."""
+        return f"{self.run_uid}.{self.task}.{self.n}.{self.nonce}"
+
+    @staticmethod
+    def parse(text: str) -> AttemptKey:
+        """Inverse of `text`. Raises ValueError."""
+        run_uid, task, n, nonce = text.split(".")
+        return AttemptKey(run_uid, int(task), int(n), nonce)
 
 
 class Phase(Enum):

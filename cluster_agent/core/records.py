@@ -140,6 +140,7 @@ def apply(state: AgentState, record: Record) -> None:
         case Finished():
             attempt = _held(state, record.key, record.shard, record.generation)
             attempt.phase, attempt.ended, attempt.spec, attempt.orphaned = Phase.FINISHED, record.ended, None, False
+            attempt.demand, attempt.grace_seconds = Demand(), 0.0  # it holds nothing any more
         case Tombstoned():
             attempt = _held(state, record.key, record.shard, record.generation)
             attempt.phase = Phase.TOMBSTONED if record.rejected else Phase.STOPPING

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from baton.clock import Clock
@@ -28,12 +28,16 @@ from cluster_agent.executors.base import (
     StartRequest,
     Stopped,
 )
-from cluster_agent.executors.fake_workload import Interval, Script
+from cluster_agent.executors.fake_workload import FakeDisk, Interval, Script
 
 SIGKILL, SIGTERM = 9, 15
 
 TICK_SECONDS = 0.2
 """How often a real guard gives a sign of life at least; `ticked_at` of the fake is rounded down to it."""
+
+STEP_SECONDS = 1e-6
+"""The least the host's timer waits: with a drifting clock, a shorter sleep can round to none and time would stand
+still."""
 
 
 @dataclass(slots=True)
@@ -50,20 +54,6 @@ class _Process:
     ended: tuple[int | None, int | None] | None = None
     """(exit code, signal) once it is over, whether or not the guard has seen it."""
     confirm_stop: bool = False
-
-
-@dataclass(slots=True)
-class _Disk:
-    """What survives the guard and the reboot."""
-
-    started: dict[AttemptKey, tuple[int, float]] = field(default_factory=dict)
-    exits: dict[AttemptKey, tuple[int, Exited]] = field(default_factory=dict)
-    tombstones: set[AttemptKey] = field(default_factory=set)
-    forgotten: set[AttemptKey] = field(default_factory=set)
-    logs: dict[AttemptKey, bytes] = field(default_factory=dict)
-
-    def knows(self, key: AttemptKey) -> bool:
-        return key in self.started or key in self.exits or key in self.tombstones or key in self.forgotten
 
 
 class Connection(Protocol):
@@ -101,7 +91,7 @@ class FakeHost:
         self.intervals: list[Interval] = []
         self._true_time = true_time or clock.boot
         self._programs = dict(programs or {})
-        self._disk = _Disk()
+        self._disk = FakeDisk()
         self._leases: Leases[AttemptKey] = Leases()
         self._live: dict[AttemptKey, _Process] = {}
         self._orphans: list[_Process] = []
@@ -338,7 +328,9 @@ class FakeHost:
         if wakeup is not None:
             times.append(wakeup)
         if times:
-            self._timer = asyncio.get_running_loop().create_task(self._wake(max(0.0, min(times) - self.clock.boot())))
+            self._timer = asyncio.get_running_loop().create_task(
+                self._wake(max(STEP_SECONDS, min(times) - self.clock.boot()))
+            )
 
     async def _wake(self, seconds: float) -> None:
         await self.clock.sleep(seconds)

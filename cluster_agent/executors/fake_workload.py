@@ -1,4 +1,5 @@
-"""Fake workloads: scripts in argv, `fake --seconds 1.5 --exit 0 --result text --output text --ignore-term`.
+"""Fake workloads, and the disk of the host they run on. Scripts in argv: `fake --seconds 1.5 --exit 0 --result text
+--output text --ignore-term`.
 
 A process ends by itself after `seconds`, at TERM unless it ignores it, and at KILL. Its `Interval` tells when it really
 lived, in true time, for the checkers of overlap.
@@ -7,9 +8,9 @@ lived, in true time, for the checkers of overlap.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from cluster_agent.executors.base import AttemptKey
+from cluster_agent.executors.base import AttemptKey, Exited
 
 
 @dataclass(slots=True)
@@ -52,3 +53,18 @@ class Script:
             found.get("--output", "").encode(),
             ignore_term,
         )
+
+
+@dataclass(slots=True)
+class FakeDisk:
+    """What survives the guard and the reboot."""
+
+    started: dict[AttemptKey, tuple[int, float]] = field(default_factory=dict)
+    exits: dict[AttemptKey, tuple[int, Exited]] = field(default_factory=dict)
+    tombstones: set[AttemptKey] = field(default_factory=set)
+    forgotten: set[AttemptKey] = field(default_factory=set)
+    logs: dict[AttemptKey, bytes] = field(default_factory=dict)
+
+    def knows(self, key: AttemptKey) -> bool:
+        """Whether the key may never be started (again)."""
+        return key in self.started or key in self.exits or key in self.tombstones or key in self.forgotten

@@ -114,6 +114,7 @@ def _build(directory: Path, options: argparse.Namespace) -> Server:
     fcntl.flock(keepers, fcntl.LOCK_SH)
     groups = Groups(f"{digest(str(directory)):016x}", wanted=options.limits == "auto")
     places = Places(directory)
+    places.tidy(ledger.started_keys.keys() | ledger.exits.keys())
     lives_read, _lives_write = os.pipe2(os.O_CLOEXEC)  # the write end closes with this process, and nothing else has it
     spawner = Spawner(places, groups, chosen, lives_read, keepers)
     features = Features(groups.complete(), chosen.namespace, _describe(groups, chosen))

@@ -84,7 +84,7 @@ class Groups:
         for controller, parent in self._parents.items():
             if wanted[controller]:
                 path = parent / name
-                path.mkdir(exist_ok=True)
+                path.mkdir(parents=True, exist_ok=True)  # parents: somebody may have tidied up an empty group
                 group.directories[controller] = path
         try:
             for controller, path in group.directories.items():

@@ -37,6 +37,10 @@ OPEN_FILES = 65_536
 """Hard limit of open files of a workload (or the host's, if lower): servers fit, a leak cannot eat the host's table."""
 
 
+IGNORED = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGHUP)
+"""Signals that Python, the guard or the keeper ignore; a workload must meet them as any program does."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """All that a keeper must know; made by the guard before it forks."""
@@ -257,9 +261,8 @@ def _become_workload(plan: Plan, output: int, said: int, host_proc: int) -> None
         said = 3
         os.closerange(4, 1 << 20)
         signal.set_wakeup_fd(-1)
-        for number in signal.valid_signals():
-            if number not in (signal.SIGKILL, signal.SIGSTOP) and signal.getsignal(number) is not signal.SIG_DFL:
-                signal.signal(number, signal.SIG_DFL)
+        for number in IGNORED:  # handlers end with exec by themselves, ignoring does not
+            signal.signal(number, signal.SIG_DFL)
         os.umask(0o022)
         host.prctl(host.PR_SET_NO_NEW_PRIVS, 1)
         os.execve(plan.program, plan.argv, dict(plan.env))

@@ -8,12 +8,12 @@ trash/                 what is being deleted, by a child process, so that no big
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import signal
 import stat
 from collections import OrderedDict
+from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 
@@ -173,16 +173,15 @@ class Places:
         """Pid of the deleting child, 0 when there is none."""
         return self._janitor
 
-    def empty_all_trash_at_start(self) -> None:
-        """What an earlier guard did not get to."""
+    def tidy(self, known: Container[str]) -> None:
+        """Before serving: discard working directories of keys that were never started (a crash came between the two),
+        and find what an earlier guard did not get to delete."""
+        for entry in os.scandir(self.work):
+            if entry.name not in known:
+                self.discard(entry.name)
         if any(os.scandir(self.trash)):
-            self._deleted = 1
+            self._deleted += 1
 
     def _count(self, name: str, size: int, ended: float) -> None:
         self._finished[name] = (size, ended)
         self._finished_bytes += size
-
-
-def disk_is_full(error: OSError) -> bool:
-    """Whether this failure is a full disk or quota."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -62,6 +62,7 @@ class Server:
         self._unsent_limit = MAX_UNSENT
         self._ticked = self._swept = 0.0
         self._end_asked = False
+        self._ledger, self._groups = ledger, spawner.groups
         self.guard = Guard(ledger, places, spawner, self._send, self._watch, self._unwatch, min_free_bytes)
 
     def run(self) -> None:
@@ -88,8 +89,9 @@ class Server:
             self._flush()
         self._send({"ev": "bye"})
         self._flush()
-        if self._connection is not None:
-            self._connection.close()
+        self._drop()
+        self._groups.close()
+        self._ledger.close()
 
     def _patience(self) -> float:
         """Seconds until the next tick or order; none while requests wait."""

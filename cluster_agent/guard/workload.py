@@ -24,6 +24,10 @@ breach and names it, the rlimit only stops what is faster than polling. 1 would 
 they use."""
 
 
+LAST_LOOK_STEPS = 8
+"""Steps of the disk meter when a workload has failed: covers some thousand files without holding up the timers."""
+
+
 @dataclass(slots=True)
 class Workload:
     """A spawned attempt; descriptors are owned and closed by `close`."""
@@ -201,6 +205,11 @@ def _breach(workload: Workload, number: int | None) -> str:
     limits = workload.request.limits
     if number == signal.SIGXFSZ:
         return f"wrote a file over its disk limit of {limits.disk_bytes} bytes"
+    if workload.meter is not None:
+        # Python, for one, ignores SIGXFSZ and fails with EFBIG: then the full disk explains the exit code.
+        used = max(workload.meter.step() for _ in range(LAST_LOOK_STEPS))
+        if used >= limits.disk_bytes:
+            return f"failed with {used} bytes of disk in use, at its disk limit of {limits.disk_bytes} bytes"
     return workload.group.breach() if workload.group is not None else ""
 
 

@@ -143,6 +143,8 @@ class InventoryVerdict:
     """Queued or void attempts of this generation to dispatch again (PROTOCOL F3)."""
     resend: tuple[AttemptId, ...] = ()
     """Missing attempts to send again under the same identity (PROTOCOL S6)."""
+    orphans: tuple[AttemptId, ...] = ()
+    """Queued, void or running attempts of runs that are not known (any more): to be stopped by a bare stop (PROTOCOL F8)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +184,9 @@ class TakeGrants:
     grants: tuple[Grant, ...]
     reasons: tuple[tuple[str, str], ...] = ()
     """(group key, sentence) for groups that wait."""
+    returning: frozenset[str] = frozenset()
+    """Groups whose freed slots go back to the leader instead of to their next task, because a higher class or an owed share
+    waits (PROTOCOL C2)."""
 
 
 @dataclass(frozen=True, slots=True)

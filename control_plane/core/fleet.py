@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from control_plane.core import events as ev
 from control_plane.core.commands import (
@@ -132,19 +133,19 @@ class Fleet:
         match command:
             case OpenSession():
                 return self._open(command, batch)
-            case LoseCluster():
-                return self._lose(command, batch)
-            case ObserveHealth():
-                return self._observe(command, batch)
             case SetAdmission():
                 return self._admit(command, batch)
+            case LoseCluster():
+                self._lose(command, batch)
+            case ObserveHealth():
+                self._observe(command, batch)
             case FleetTick():
                 floor = self._requests.floor_at(batch.now)
                 if floor:
                     batch.emit(ev.RequestsPruned(floor))
-                return None
             case _:
                 raise TypeError(f"{type(command).__name__} is no command of the fleet shard")
+        return None
 
     def settle(self, batch: Batch) -> None:
         """A storm begins when enough losses have come together, in one batch or in several (S7)."""
@@ -307,9 +308,7 @@ class Fleet:
 
     def _change(self, cluster: str, *, health: Health | None = None, admission: Admission | None = None) -> None:
         row = self._rows[cluster]
-        row.facts = replace(
-            row.facts, health=health or row.facts.health, admission=admission or row.facts.admission
-        )
+        row.facts = replace(row.facts, health=health or row.facts.health, admission=admission or row.facts.admission)
 
     # -- snapshots ----------------------------------------------------------------------------------------------------
 
@@ -326,34 +325,36 @@ class Fleet:
             image = {"facts": facts_to_json(row.facts), "instance": row.instance, "lost_seconds": row.lost_seconds}
             yield ev.RunImage(uid, _compact(image))
 
-    def _restore(self, image: dict[str, object]) -> None:
-        facts = image.get("facts")
-        if isinstance(facts, dict):
-            row = _Row(facts_from_json(facts), str(image["instance"]), float(str(image["lost_seconds"])))
+    def _restore(self, image: dict[str, Any]) -> None:
+        if "facts" in image:
+            row = _Row(facts_from_json(image["facts"]), image["instance"], image["lost_seconds"])
             self._rows[row.facts.uid] = row
             self._uids[row.facts.name] = row.facts.uid
             return
-        losses = image["losses"]
-        assert isinstance(losses, list)
-        self._seq = int(str(image["seq"]))
-        self._storm = Storm([Loss(wall, cluster, recovery) for wall, cluster, recovery in losses])
-        self._storm.until = float(str(image["until"]))
+        self._seq = image["seq"]
+        self._storm = Storm([Loss(*loss) for loss in image["losses"]], image["until"])
         self._requests = RequestLedger.from_json(image["requests"])
 
     def validate(self) -> None:
         """S5 and the indices; raises AssertionError with the story."""
-        assert self._uids == {row.facts.name: uid for uid, row in self._rows.items()}, "names and rows disagree"
+        _must(self._uids == {row.facts.name: uid for uid, row in self._rows.items()}, "names and rows disagree")
         for uid, row in self._rows.items():
-            story = f"cluster {row.facts.name}: {row.facts.generations}"
-            numbers = [generation.number for generation in row.facts.generations]
-            assert row.facts.uid == uid, story
-            assert numbers == sorted(set(numbers)), f"generations must rise: {story}"
-            assert len(numbers) <= KEPT_GENERATIONS, f"too many generations: {story}"
-            assert all(g.ended for g in row.facts.generations[:-1]), f"an earlier generation has not ended: {story}"
-            assert (row.facts.health is Health.LOST) == (row.current is None), f"LOST means ended: {story}"
+            generations = row.facts.generations
+            numbers = [generation.number for generation in generations]
+            story = f"cluster {row.facts.name}: {generations}"
+            _must(row.facts.uid == uid, story)
+            _must(numbers == sorted(set(numbers)), f"generations must rise: {story}")
+            _must(len(numbers) <= KEPT_GENERATIONS, f"too many generations: {story}")
+            _must(all(g.ended for g in generations[:-1]), f"an earlier generation has not ended: {story}")
+            _must((row.facts.health is Health.LOST) == (row.current is None), f"LOST means ended: {story}")
         cached, self._table = self._table, None
-        assert cached is None or cached == self.table(), "the published table is stale"
+        _must(cached is None or cached == self.table(), "the published table is stale")
         self._requests.validate()
+
+
+def _must(holds: bool, story: str) -> None:
+    if not holds:
+        raise AssertionError(story)
 
 
 def _compact(value: object) -> bytes:

@@ -45,7 +45,9 @@ class RequestLedger:
         if request.id <= self._floor:
             raise Refused("REQUEST_ID_EXPIRED", "this request_id is older than what is remembered", "request_id")
         if int(request.id[:8] + request.id[9:13], 16) / 1000 > now + MAX_AHEAD_SECONDS:
-            raise Refused("REQUEST_ID_AHEAD", f"this request_id is ahead of the server's clock ({now:.3f})", "request_id")
+            raise Refused(
+                "REQUEST_ID_AHEAD", f"this request_id is ahead of the server's clock ({now:.3f})", "request_id"
+            )
         if len(self._records) >= MAX_RECORDS:
             raise Refused("LIMIT_EXCEEDED", f"more than {MAX_RECORDS} fleet mutations in an hour")
         return None
@@ -89,5 +91,7 @@ class RequestLedger:
 
     def validate(self) -> None:
         """Bounds and floor; raises AssertionError."""
-        assert len(self._records) <= MAX_RECORDS, "too many request records"
-        assert all(key > self._floor for key in self._records), "a record lies below the floor"
+        if len(self._records) > MAX_RECORDS:
+            raise AssertionError("too many request records")
+        if not all(key > self._floor for key in self._records):
+            raise AssertionError("a record lies at or below the floor")

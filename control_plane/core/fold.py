@@ -99,6 +99,7 @@ def _attempts_finished(state: ShardState, event: e.AttemptsFinished, stamp: Stam
                 attempt.evidence = Evidence.REPORTED
             if event.infra[i]:
                 run.infra_losses[task] = run.infra_losses.get(task, 0) + 1
+                attempt.preempted = outcome is AttemptState.STOPPED
             elif outcome is AttemptState.FAILED:
                 run.app_failures[task] = run.app_failures.get(task, 0) + 1
             _left(state, run, attempt)
@@ -146,7 +147,9 @@ def _attempts_lost(state: ShardState, event: e.AttemptsLost, stamp: Stamp) -> No
             state.arm(run, attempt)  # its cluster may come back with it: stopped then, reservation until so (F8)
         run.infra_losses[task] = run.infra_losses.get(task, 0) + 1
         _left(state, run, attempt)
-        rows.append((task, run.states[task], n, attempt.cluster, f"lost with its cluster, evidence {event.evidence.name}"))
+        rows.append(
+            (task, run.states[task], n, attempt.cluster, f"lost with its cluster, evidence {event.evidence.name}")
+        )
     _note(state, run, stamp, "lost", rows)
 
 
@@ -281,7 +284,8 @@ def _run_image(state: ShardState, event: e.RunImage, _: Stamp) -> None:
 # --- shared by several events --------------------------------------------------------------------------------------------
 def _attempt(run: Run, task: int, n: int) -> Attempt:
     attempt = run.attempt(task, n)
-    assert attempt is not None, f"attempt {n} of task {task} of run {run.uid} is not known"
+    if attempt is None:
+        raise AssertionError(f"attempt {n} of task {task} of run {run.uid} is not known")
     return attempt
 
 

@@ -19,6 +19,7 @@ children made of that; else SUCCEEDED.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from control_plane.core.deadline import application_backoff, infrastructure_backoff, jitter, rejection_pause
 from control_plane.core.events import RetriesSet, RunArchived, RunFinished, TasksEnded
@@ -73,7 +74,8 @@ def _decide(run: Run, batch: Batch) -> None:
     ended: list[tuple[int, str]] = []
     for task, n in run.undecided.items():
         attempt = run.attempt(task, n)
-        assert attempt is not None, f"the last attempt of undecided task {task} of run {run.uid} is not kept"
+        if attempt is None:
+            raise AssertionError(f"the last attempt of undecided task {task} of run {run.uid} is not kept")
         wait, why = _retry(run, task, attempt, batch.now)
         if wait is None:
             ended.append((task, why))
@@ -169,5 +171,5 @@ def _verdict(run: Run) -> RunFinished:
     return RunFinished(run.uid, RunState.SUCCEEDED, "")
 
 
-def _columns[T: tuple](rows: Iterable[T]) -> tuple:
+def _columns(rows: Iterable[tuple[Any, ...]]) -> tuple[tuple[Any, ...], ...]:
     return tuple(zip(*rows, strict=True))

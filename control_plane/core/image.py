@@ -138,7 +138,7 @@ def restore_shard(state: ShardState, image: bytes) -> None:
 
 
 def _attempt_row(a: Attempt) -> list[Any]:
-    ended = [a.start, a.end, a.exit_code, a.message, a.evidence, a.refused, a.reported]
+    ended = [a.start, a.end, a.exit_code, a.message, a.evidence, a.refused, a.reported, a.preempted]
     return [a.id.task, a.id.n, a.id.nonce, a.cluster, a.generation, a.placed, a.hedge, a.overlap, a.state, *ended]
 
 
@@ -159,6 +159,7 @@ def _attempt_of(run: str, row: list[Any]) -> Attempt:
         Evidence(evidence),
         row[14],
         row[15],
+        row[16],
     )
 
 

@@ -39,26 +39,27 @@ REVIEWS = 2000
 @dataclass(frozen=True, slots=True)
 class Want:
     """What a task in a lane may get now. `lost`: members that leave in the same batch (F2). `hedge`: a second copy beside
-    the member that lives. `overlap` is said before the start (F6). `avoid`: cluster the copy must not go to."""
+    the member that lives, never on its cluster: that one is not READY. `overlap` is said before the start (F6)."""
 
     lost: tuple[tuple[Attempt, Evidence], ...] = ()
     hedge: bool = False
     overlap: bool = False
-    avoid: str = ""
 
 
 def take_table(state: ShardState, table: FleetTable) -> None:
     """Fleet's table as a level (S5): look again at all work on clusters that are fenced, suspect or draining."""
     if not state.see(table):
         return
-    live_generations = {(a.cluster, a.generation) for here in state.live_on.values() for a in here.values()}
-    state.fenced = {key: evidence for key, evidence in state.fenced.items() if key in live_generations}
+    clusters = {cluster for cluster, _ in state.fenced}
+    alive = {(c, a.generation) for c in clusters for a in state.live_on.get(c, {}).values()}
+    state.fenced = {key: evidence for key, evidence in state.fenced.items() if key in alive}
+    clusters = {cluster for cluster, _ in state.fenced}
     for cluster, here in state.live_on.items():
         facts = table.clusters.get(cluster)
         if facts is None:
             continue
         troubled = facts.health is not Health.READY or facts.admission is Admission.DRAINING
-        if troubled or any((cluster, a.generation) in state.fenced for a in here.values()):
+        if troubled or cluster in clusters:
             state.review.extend((id_.run, id_.task) for id_ in here)
     state.outbox.demand = True
 
@@ -68,11 +69,12 @@ def fence(state: ShardState, command: GenerationFenced) -> None:
     before it; what their evidence was is forgotten, so it counts as none."""
     here = state.live_on.get(command.cluster, {})
     facts = state.table.clusters.get(command.cluster)
+    oldest = facts.generations[0].number if facts and facts.generations else 0
     for attempt in here.values():
         key = (attempt.cluster, attempt.generation)
         if attempt.generation == command.generation:
             state.fenced[key] = command.evidence
-        elif attempt.generation < command.generation and (facts is None or facts.find(attempt.generation) is None):
+        elif attempt.generation < min(oldest, command.generation):
             state.fenced.setdefault(key, Evidence.NONE)
         else:
             continue
@@ -128,7 +130,7 @@ def wanted(state: ShardState, run: Run, task: int, now: float) -> Want | None:
         overlap = _uncertain(run, task) or any(evidence is Evidence.NONE for _, evidence in lost)
         return Want(lost=lost, overlap=overlap)
     if len(members) == 1 and _suspected(state, run, members[0]):
-        return Want(hedge=True, overlap=True, avoid=members[0].cluster)
+        return Want(hedge=True, overlap=True)
     return None
 
 

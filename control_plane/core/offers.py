@@ -34,10 +34,12 @@ class Want:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What a namespace uses already: `count` times `resources`."""
+    """Attempts of one group that a shard holds on a cluster: its namespace's share, and slots it re-uses itself (C2)."""
 
-    namespace: str
-    resources: Resources
+    shard: str
+    key: str
+    group: Group
+    cluster: str
     count: int
 
 
@@ -64,7 +66,11 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Grants, and for each (shard, group key) of which tasks still wait one sentence that names what is missing."""
+    """Grants, and for each (shard, group key) of which tasks still wait one sentence that names what is missing.
+
+    `returning` are the (shard, group key) whose freed slots must come back, because a higher class or an owed share waits for
+    room where they are (C2)."""
 
     grants: tuple[Granted, ...]
     reasons: Mapping[tuple[str, str], str]
+    returning: frozenset[tuple[str, str]] = frozenset()

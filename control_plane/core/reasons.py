@@ -47,7 +47,9 @@ def _no_room(group: Group, offers: Sequence[Offer], rooms: Sequence[Room], kept:
         empty = [(_largest_node(offer, name), offer.facts.name) for offer in offers]
         biggest, where = max(empty, key=lambda entry: entry[0])
         if biggest < amount:
-            return f"needs {_amount(name, amount)} on one node; the largest node has {_amount(name, biggest)}, on {where}"
+            return (
+                f"needs {_amount(name, amount)} on one node; the largest node has {_amount(name, biggest)}, on {where}"
+            )
     for name, amount in need.items():
         holes = [(room.largest(name), offer.facts.name) for room, offer in zip(rooms, offers, strict=True)]
         biggest, where = max(holes, key=lambda entry: entry[0])
@@ -97,7 +99,7 @@ def _isolated(group: Group, offer: Offer) -> bool:
     return offer.facts.isolation or not group.require_isolation
 
 
-def _not_isolated(group: Group, offers: Sequence[Offer]) -> str:
+def _not_isolated(_group: Group, offers: Sequence[Offer]) -> str:
     return f"needs isolation, and {_names(offers)} cannot enforce limits"
 
 
@@ -109,11 +111,11 @@ def _not_served(group: Group, offers: Sequence[Offer]) -> str:
     return f"{_names(offers)} may not serve namespace {group.namespace}"
 
 
-def _open(group: Group, offer: Offer) -> bool:
+def _open(_group: Group, offer: Offer) -> bool:
     return offer.facts.health is Health.READY and offer.facts.admission is Admission.OPEN
 
 
-def _not_open(group: Group, offers: Sequence[Offer]) -> str:
+def _not_open(_group: Group, offers: Sequence[Offer]) -> str:
     states = []
     for offer in offers[:NAMED]:
         facts = offer.facts
@@ -123,11 +125,11 @@ def _not_open(group: Group, offers: Sequence[Offer]) -> str:
     return ", ".join(states) + more
 
 
-def _reported(group: Group, offer: Offer) -> bool:
+def _reported(_group: Group, offer: Offer) -> bool:
     return offer.shapes is not None
 
 
-def _not_reported(group: Group, offers: Sequence[Offer]) -> str:
+def _not_reported(_group: Group, offers: Sequence[Offer]) -> str:
     return f"{_names(offers)} {_has(offers)} not reported free room yet"
 
 

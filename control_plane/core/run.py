@@ -65,6 +65,8 @@ class Attempt:
     refused: int = 0
     reported: bool = False
     """Its own report of its end was taken: another one is a repeat."""
+    preempted: bool = False
+    """Stopped while its task had not ended: by a drain, or because its agent left."""
 
 
 class Run:
@@ -217,7 +219,8 @@ class Run:
     def set_state(self, task: int, new: TaskState) -> None:
         """Move a task, keeping the counts. Final states absorb (I3, I6)."""
         old = self.states[task]
-        assert old < TaskState.SUCCEEDED, f"task {task} of run {self.uid} is final and was moved to {new!r}"
+        if old >= TaskState.SUCCEEDED:
+            raise AssertionError(f"task {task} of run {self.uid} is final and was moved to {new!r}")
         self.counts[old] -= 1
         self.counts[new] += 1
         self.states[task] = new

@@ -5,7 +5,8 @@ O(groups x clusters) however many tasks there are, and a wrong plan costs a reje
 
 Order: priority class first. In a class, namespaces by weighted dominant-resource fairness: whoever has the least share of
 its scarcest resource, divided by its weight, goes next, by small steps. In a namespace, the group with the least slack
-first, then the one that waits longest. What a namespace holds already counts, so a late-comer catches up.
+first, then the one that waits longest. What a namespace holds already counts, so a late-comer catches up: while a higher
+class or an owed share waits, others give their slots back as these become free (`Plan.returning`), and nobody is stopped.
 
 Choice: a cluster must be READY and OPEN, bear the names, labels, isolation and namespaces, and no taint that is not
 tolerated (`core.reasons`); then tasks are spread in proportion to how many more of them each cluster can hold, so that no
@@ -51,7 +52,8 @@ def place(snapshot: Snapshot, now: float) -> Plan:
     tickets = [_Ticket(want, want.start_by - now < URGENT_SLACK) for want in snapshot.wants if want.count > 0]
     for priority in sorted({ticket.want.group.priority for ticket in tickets}, reverse=True):
         board.serve([ticket for ticket in tickets if ticket.want.group.priority == priority], snapshot.weights)
-    return Plan(tuple(_grants(tickets)), _reasons(tickets, board))
+    returning = board.returning(tickets, snapshot.holdings, snapshot.weights)
+    return Plan(tuple(_grants(tickets)), _reasons(tickets, board), returning)
 
 
 class _Ticket:
@@ -102,11 +104,9 @@ class _Board:
         """Weighted dominant share of each namespace before this plan."""
         used: dict[str, Vector] = defaultdict(lambda: defaultdict(int))
         for holding in holdings:
-            for name, amount in need_of(holding.resources).items():
-                used[holding.namespace][name] += amount * holding.count
-        return defaultdict(
-            float, {ns: self._dominant(vector) / _weight(weights, ns) for ns, vector in used.items()}
-        )
+            for name, amount in need_of(holding.group.resources).items():
+                used[holding.group.namespace][name] += amount * holding.count
+        return defaultdict(float, {ns: self._dominant(vector) / _weight(weights, ns) for ns, vector in used.items()})
 
     def _dominant(self, vector: Vector) -> float:
         """The largest share of any resource of the federation."""
@@ -159,6 +159,32 @@ class _Board:
         if ticket.urgent:
             return 0
         return int(HEADROOM * sum(slots(self._sizes[i], ticket.need) for i in self.candidates(ticket)))
+
+    def returning(
+        self, tickets: Iterable[_Ticket], holdings: Iterable[Holding], weights: Mapping[str, float]
+    ) -> frozenset[tuple[str, str]]:
+        """Who must give slots back as they become free (C2): a lower class than one that waits for room on that cluster, or,
+        in the same class, a namespace that would still have the larger share after giving a slot to one that waits."""
+        poorest: dict[str, dict[int, tuple[float, str]]] = defaultdict(dict)
+        for ticket in tickets:
+            if ticket.left == 0 or ticket.room_left == 0:
+                continue
+            group = ticket.want.group
+            after = self._shares[group.namespace] + self._dominant(ticket.need) / _weight(weights, group.namespace)
+            for i in self.candidates(ticket):
+                there = poorest[self.offers[i].facts.uid]
+                there[group.priority] = min(
+                    there.get(group.priority, (after, group.namespace)), (after, group.namespace)
+                )
+        found: set[tuple[str, str]] = set()
+        for holding in holdings:
+            group = holding.group
+            there = poorest.get(holding.cluster, {})
+            after, namespace = there.get(group.priority, (float("inf"), ""))
+            owed = namespace != group.namespace and self._shares[group.namespace] > after
+            if holding.count > 0 and (owed or any(priority > group.priority for priority in there)):
+                found.add((holding.shard, holding.key))
+        return frozenset(found)
 
 
 def _spread(wanted: int, fits: list[int]) -> list[int]:

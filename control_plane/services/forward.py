@@ -85,13 +85,12 @@ class Forwarder:
         """One try. Raises what `Router.call` raises, and CallLost when the shard changes hands meanwhile."""
         owner = self._router.owner(shard)
         left = asked.left()
-        async with aclosing(
-            self._router.call(shard, method, payload, timeout=left, principal=asked.principal)
-        ) as answers:
+        call = self._router.call(shard, method, payload, timeout=left, principal=asked.principal)
+        async with aclosing(call) as answers:  # type: ignore[type-var]  # it is an async generator
             if owner == self._router.replica:
-                async with asyncio.timeout(left):
-                    async for answer in answers:
-                        yield answer
+                # Handlers keep the time themselves: a time-out around a `yield` would strike whoever reads us.
+                async for answer in answers:
+                    yield answer
                 return
             first_by = self._clock.boot() + TRY_SECONDS
             while True:
@@ -99,7 +98,8 @@ class Forwarder:
                 try:
                     while not pending.done():
                         await asyncio.wait({pending}, timeout=LOOK_SECONDS)
-                        self._look(shard, owner, pending, first_by)
+                        if not pending.done():
+                            self._look(shard, owner, first_by, asked)
                     answer = pending.result()
                 finally:
                     await _settled(pending)
@@ -108,15 +108,15 @@ class Forwarder:
                 first_by = float("inf")
                 yield answer
 
-    def _look(self, shard: str, owner: str | None, pending: asyncio.Future[bytes | None], first_by: float) -> None:
-        """Whether waiting still makes sense. Raises CallLost."""
-        if pending.done():
-            return
+    def _look(self, shard: str, owner: str | None, first_by: float, asked: Asked) -> None:
+        """Whether waiting still makes sense. Raises CallLost, TimeoutError."""
         now_owner = self._router.owner(shard)
         if now_owner != owner:
             raise CallLost(f"shard {shard} went from {owner} to {now_owner}")
         if self._clock.boot() > first_by:
             raise CallLost(f"{owner} did not answer in {TRY_SECONDS:.0f} s")
+        if asked.over:
+            raise TimeoutError
 
     def _reference(self) -> str:
         return self._entropy.token(6)

@@ -1,7 +1,7 @@
 """The worlds an executor is tested in: a real guard with real processes, and the fake host. Same workloads, same words.
 
-`fake --seconds S --exit N --result TEXT --output TEXT --ignore-term` is built into the fake; for the real guard it is a small
-shell program on the workload's PATH.
+`fake --seconds S --exit N --result TEXT --output TEXT --ignore-term` is built into the fake; for the real guard it is a
+small shell program on the workload's PATH.
 """
 
 from __future__ import annotations
@@ -103,14 +103,34 @@ class ProcessWorld:
         return StartRequest(key, generation, ("fake", *words), {"PATH": self.path}, **more)  # type: ignore[arg-type]
 
     async def close(self) -> None:
-        pids = {made.guard_pid for made in self._made} - {0}
         for made in self._made:
             await made.close()
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        while any(Path(f"/proc/{pid}").exists() for pid in pids):
-            await self.clock.sleep(0.01)
+        await end_guards({made.guard_pid for made in self._made} - {0}, self.clock)
+
+
+async def end_guards(pids: set[int], clock: SystemClock) -> None:
+    """Let guards end in order (they delete their control groups), and by force those that do not."""
+    give_up = clock.boot() + 10.0
+    for number in (signal.SIGCONT, signal.SIGTERM):
+        _signal(pids, number)
+    while left := {pid for pid in pids if _is_guard(pid)}:
+        if clock.boot() > give_up:
+            _signal(left, signal.SIGKILL)
+        await clock.sleep(0.01)
+
+
+def _is_guard(pid: int) -> bool:
+    """Whether it lives and still is what it was."""
+    try:
+        return b"cluster_agent.guard" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _signal(pids: set[int], number: signal.Signals) -> None:
+    for pid in filter(_is_guard, pids):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 class FakeWorld:

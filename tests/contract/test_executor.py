@@ -20,13 +20,16 @@ from cluster_agent.executors.base import (
     Executor,
     ExecutorEvent,
     Exited,
+    Features,
     GuardLost,
     Limits,
     Phase,
     Refused,
     Started,
+    StartRequest,
     Stopped,
 )
+from cluster_agent.executors.fake import FakeExecutor, FakeHost
 from tests.contract.executor_worlds import ExecutorWorld, FakeWorld, ProcessWorld
 
 pytestmark = pytest.mark.timeout(60)
@@ -139,12 +142,16 @@ async def test_an_empty_argv_is_refused(world: ExecutorWorld, agent: Agent) -> N
     assert refused.reason == "argv is empty"
 
 
-async def test_a_result_over_its_limit_fails_the_attempt_and_names_the_limit(world: ExecutorWorld, agent: Agent) -> None:
+async def test_a_result_over_its_limit_fails_the_attempt_and_names_the_limit(
+    world: ExecutorWorld, agent: Agent
+) -> None:
     key, fits = new_key(), new_key()
-    await agent.executor.start([
-        world.request(key, "--result", "x" * (16 * 1024 + 1)),
-        world.request(fits, "--result", "x" * (16 * 1024)),
-    ])
+    await agent.executor.start(
+        [
+            world.request(key, "--result", "x" * (16 * 1024 + 1)),
+            world.request(fits, "--result", "x" * (16 * 1024)),
+        ]
+    )
     exited = await agent.exit_of(key)
     assert exited.cause is Cause.RESULT
     assert "16385 bytes" in exited.message
@@ -204,7 +211,9 @@ async def test_a_stop_right_behind_its_start_still_uses_term(world: ExecutorWorl
     assert (exited.cause, exited.signal) == (Cause.STOP, 15)
 
 
-async def test_a_workload_that_ignores_term_is_killed_after_the_grace_period(world: ExecutorWorld, agent: Agent) -> None:
+async def test_a_workload_that_ignores_term_is_killed_after_the_grace_period(
+    world: ExecutorWorld, agent: Agent
+) -> None:
     key = new_key()
     await agent.executor.start([world.request(key, "--ignore-term", "--seconds", "60")])
     await agent.until(Started, key)
@@ -230,10 +239,12 @@ async def test_the_deadline_kills_by_itself(world: ExecutorWorld, agent: Agent) 
     """D1: the executor counts down alone."""
     key, passed = new_key(), new_key()
     now = world.clock.boot()
-    await agent.executor.start([
-        world.request(key, "--seconds", "60", stop_at=now + 0.8, grace_seconds=0.4),
-        world.request(passed, "--seconds", "60", stop_at=now - 0.1),
-    ])
+    await agent.executor.start(
+        [
+            world.request(key, "--seconds", "60", stop_at=now + 0.8, grace_seconds=0.4),
+            world.request(passed, "--seconds", "60", stop_at=now - 0.1),
+        ]
+    )
     exited = await agent.exit_of(key)
     assert exited.cause is Cause.DEADLINE
     assert world.clock.boot() >= now + 0.4
@@ -254,11 +265,13 @@ async def test_when_the_lease_passes_work_dies_except_what_is_to_be_kept(world: 
     await agent.executor.configure(1.0, 2.0)
     sent = world.clock.boot()
     await agent.executor.renew(1, sent)
-    await agent.executor.start([
-        world.request(key, "--seconds", "60"),
-        world.request(stubborn, "--ignore-term", "--seconds", "60"),
-        world.request(kept, "--seconds", "60", keep_at_fence=True),
-    ])
+    await agent.executor.start(
+        [
+            world.request(key, "--seconds", "60"),
+            world.request(stubborn, "--ignore-term", "--seconds", "60"),
+            world.request(kept, "--seconds", "60", keep_at_fence=True),
+        ]
+    )
     for one in (key, stubborn):
         exited = await agent.exit_of(one)
         assert exited.cause is Cause.FENCE
@@ -412,3 +425,110 @@ async def test_many_starts_in_one_batch_all_end(world: ExecutorWorld, agent: Age
     await agent.executor.start([world.request(key, "--result", str(key.task)) for key in keys])
     for key in keys:
         assert (await agent.exit_of(key)).result == str(key.task).encode()
+
+
+class ManualClock:
+    """Time that a test moves. `rate` > 1: this node's clocks run fast."""
+
+    def __init__(self, rate: float = 1.0) -> None:
+        self.true = 0.0
+        self._rate = rate
+        self._sleepers: list[tuple[float, asyncio.Future[None]]] = []
+
+    def boot(self) -> float:
+        return 1000.0 + self.true * self._rate
+
+    def wall(self) -> float:
+        return self.boot()
+
+    async def sleep(self, seconds: float) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._sleepers.append((self.true + seconds / self._rate, waiter))
+        await waiter
+
+    async def advance(self, seconds: float) -> None:
+        """Wake every sleeper at its own time."""
+        end = self.true + seconds
+        while True:
+            await self._settle()
+            self._sleepers = [(at, waiter) for at, waiter in self._sleepers if not waiter.done()]
+            due = min(self._sleepers, key=lambda sleeper: sleeper[0], default=None)
+            if due is None or due[0] > end:
+                break
+            self.true = max(self.true, due[0])
+            due[1].set_result(None)
+        self.true = end
+        await self._settle()
+
+    @staticmethod
+    async def _settle() -> None:
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+
+class TestFakeHost:
+    """What only the fake can show: virtual time, true intervals, faults of the host."""
+
+    async def begin(self, clock: ManualClock, host: FakeHost, *words: str, **more: object) -> tuple[Agent, AttemptKey]:
+        agent = await Agent(FakeExecutor(host)).connect()
+        await agent.executor.configure(10.0, 4.0)
+        await agent.executor.renew(1, clock.boot())
+        key = new_key()
+        await agent.executor.start([StartRequest(key, 1, ("fake", *words), {}, **more)])  # type: ignore[arg-type]
+        return agent, key
+
+    async def test_processes_live_exactly_as_long_as_scripted_in_virtual_time(self) -> None:
+        clock = ManualClock()
+        host = FakeHost(clock)
+        agent, key = await self.begin(clock, host, "--seconds", "7.25")
+        await clock.advance(60.0)
+        assert (await agent.exit_of(key)).succeeded
+        assert [(i.key, i.start, i.end) for i in host.intervals] == [(key, 1000.0, 1007.25)]
+
+    @pytest.mark.parametrize("rate", [0.5, 1.0, 1.0003, 2.0])
+    async def test_the_fence_is_kept_by_the_hosts_own_clock(self, rate: float) -> None:
+        clock = ManualClock(rate)
+        host = FakeHost(clock, true_time=lambda: clock.true)
+        agent, key = await self.begin(clock, host, "--ignore-term", "--seconds", "600")
+        await clock.advance(60.0)
+        exited = await agent.exit_of(key)
+        assert (exited.cause, exited.late) == (Cause.FENCE, False)
+        [interval] = host.intervals
+        assert interval.end is not None
+        assert 10.0 / rate <= interval.end <= 14.0 / rate
+
+    async def test_without_an_orphan_killer_work_runs_on_unseen(self) -> None:
+        clock = ManualClock()
+        host = FakeHost(clock, features=Features(isolation=False, orphan_killer=False, detail="none"))
+        agent, key = await self.begin(clock, host, "--seconds", "30")
+        host.kill_guard()
+        assert await agent.until(GuardLost) == [GuardLost(killed=False)]
+        assert host.living() == [key]
+        await clock.advance(60.0)
+        assert host.living() == []
+        assert host.intervals[0].end == 1030.0
+
+    async def test_a_reboot_kills_everything_and_keeps_the_disk(self) -> None:
+        clock = ManualClock()
+        host = FakeHost(clock)
+        _, key = await self.begin(clock, host, "--seconds", "30")
+        host.reboot()
+        assert host.living() == []
+        agent = await Agent(FakeExecutor(host)).connect()
+        entry = agent.census[key]
+        assert entry.exited is not None
+        assert entry.exited.cause is Cause.LOST
+
+    async def test_a_frozen_guard_lets_work_overrun_and_says_late(self) -> None:
+        clock = ManualClock()
+        host = FakeHost(clock)
+        agent, key = await self.begin(clock, host, "--seconds", "600")
+        host.freeze_guard()
+        with pytest.raises(TimeoutError):
+            await FakeExecutor(host).connect()
+        await clock.advance(50.0)
+        assert host.living() == [key]
+        host.thaw_guard()
+        exited = await agent.exit_of(key)
+        assert (exited.cause, exited.late) == (Cause.FENCE, True)
+        assert host.intervals[0].end == 1050.0

@@ -44,7 +44,11 @@ def test_report_agrees_with_one_shell_command(results: dict[str, bytes]) -> None
     )
     assert command.replace('"$TABLE"', "examples/timezones/tzdata.zi") in (FOLDER.parent / "README.md").read_text()
     checked = subprocess.run(
-        ["sh", "-c", command], env={"TABLE": str(table), "PATH": os.environ["PATH"]}, capture_output=True, check=True, timeout=30
+        ["sh", "-c", command],
+        env={"TABLE": str(table), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        check=True,
+        timeout=30,
     ).stdout
     assert results["report"].splitlines()[0] == checked.strip()
 

@@ -105,7 +105,8 @@ def test_s8_growing_raises_the_wait_first_and_shrinking_lowers_it_last() -> None
 @pytest.mark.parametrize("name", PROFILES)
 def test_values_survive_the_wire(name: str) -> None:
     wire = to_millis(PROFILES[name])
-    profile = str(wire.pop("profile"))
-    assert from_millis(profile, **{key: int(value) for key, value in wire.items()}) == PROFILES[name]
+    assert wire["profile"] == name
+    millis = {key: int(value) for key, value in wire.items() if key != "profile"}
+    assert from_millis(name, base=None, **millis) == PROFILES[name]
     with pytest.raises(UnsafeLease):
         from_millis("fast", heartbeat_ms=0, fence_ms=0, kill_ms=0, lost_ms=0, guard_ms=0)

@@ -1,0 +1,13 @@
+"""Which machine runs which shard (PROTOCOL O6): the one place that knows both kinds."""
+
+from __future__ import annotations
+
+from control_plane.core.fleet import Fleet
+from control_plane.core.machine import Machine
+from control_plane.core.model import FLEET
+from control_plane.core.shard import RunShard
+
+
+def make_machine(shard: str) -> Machine:
+    """An empty machine for a shard."""
+    return Fleet() if shard == FLEET else RunShard(shard)

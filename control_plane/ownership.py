@@ -1,0 +1,274 @@
+"""Which shards this replica owns, and for how long (PROTOCOL O1-O4).
+
+Theory. The owner key decides who owns a shard; everything here is about latency. A replica lives under one lease: its
+registration and all its owner keys vanish with it. Every POLL it reads members and owner keys at one revision and moves one
+step towards what the ring says: gives one shard back that should be elsewhere, takes those that should be here and are free.
+
+The lease is good from the *send* time of the last acknowledged keepalive, less an election time-out and the clocks' rate error
+(O2). Once it was not good, even if nobody looked meanwhile, the replica has *lapsed*: it stops deciding and reading but keeps
+its state, until a keepalive with a TTL and a linearizable read of its owner keys and heads say that nothing happened (O3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from baton.clock import Clock, Entropy
+from control_plane.claims import give_back
+from control_plane.controller import CLAIM_TIMEOUT, Controller
+from control_plane.core.model import ALL_SHARDS
+from control_plane.core.ring import owners
+from control_plane.journal import Head
+from control_plane.registration import feature_level, join_federation, register
+from control_plane.store import keys
+from control_plane.store.base import KeyValue, Lease, Store, StoreError
+from control_plane.store.keeper import LeaseKeeper
+from control_plane.store_reads import RETRY_PAUSE, read_incarnation, read_keys
+from control_plane.view import MemberInfo
+
+log = logging.getLogger(__name__)
+
+ELECTION = 1.0
+"""etcd's election time-out, seconds: for so long may a leader that lost its quorum still answer keepalives (measured 1.4 s
+at most, 1.0 s of it after a renewal it could not have replicated). Too small: reads under a lease that is gone (J8)."""
+
+CLOCK_RATE = 0.083
+"""Largest rate error of a clock: chrony's default slew of 83,333 ppm. Too small: the same as above."""
+
+READ_TIMEOUT = 2.0
+"""Seconds for one survey of the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnershipConfig:
+    """Times in seconds."""
+
+    lease_ttl: float = 5.0
+    """A dead replica's shards are free after this. Less makes short stalls fatal; more makes takeovers slow."""
+    tick: float = 0.25
+    """Between two signs of life to the lease keeper, and two looks at the lease."""
+    poll: float = 0.5
+    """Between two surveys. A survey costs one transaction and one range."""
+    eager_poll: float = 0.1
+    """Between two surveys while a shard is on its way: bounds how long a handed-over shard has no owner (O4)."""
+    minimum_hold: float = 2.0
+    """A shard is not handed over sooner after its taking (O4). Less lets a flapping member drag shards to and fro, each
+    move costing a recovery; more delays the balance after a start."""
+    register_timeout: float = 30.0
+    """How long an earlier process of our name may stay registered: a few lease times."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The store at one moment: live members, owner keys, heads."""
+
+    members: tuple[str, ...]
+    owners: dict[str, KeyValue | None]
+    heads: dict[str, Head]
+    incarnation: int
+    level: int
+
+
+@dataclass(slots=True)
+class Tenure:
+    """One lease, and how long it was surely good."""
+
+    lease: Lease
+    keeper: LeaseKeeper
+    since: float
+    """The send time that everything is judged from."""
+    lapsed: bool = field(default=False)
+
+    def good(self, now: float) -> bool:
+        """Good now, and was never not good since the last resume. Judged at each look from what the keeper knows (O2)."""
+        span = self.lease.ttl * (1 - CLOCK_RATE) - ELECTION
+        acked = self.keeper.last_ack_sent
+        if acked > self.since:
+            # A renewal that was sent when the one before it had run out proves nothing about the time between.
+            self.lapsed |= acked >= self.since + span
+            self.since = acked
+        self.lapsed |= self.keeper.lost or now >= self.since + span
+        return not self.lapsed
+
+    def fresh(self, now: float) -> bool:
+        """A keepalive was answered lately, so resuming may be tried (O3)."""
+        span = self.lease.ttl * (1 - CLOCK_RATE) - ELECTION
+        return not self.keeper.lost and now < max(self.since, self.keeper.last_ack_sent) + span
+
+
+class Ownership:
+    """See the module. `make_keeper()` makes a keeper for one lease; `member` is what others shall know of this replica."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        make_keeper: Callable[[], LeaseKeeper],
+        clock: Clock,
+        entropy: Entropy,
+        controller: Controller,
+        member: MemberInfo,
+        config: OwnershipConfig | None = None,
+    ) -> None:
+        self._store, self._make_keeper, self._clock, self._entropy = store, make_keeper, clock, entropy
+        self._controller, self._member, self._config = controller, member, config or OwnershipConfig()
+        self._tenure: Tenure | None = None
+        self._leaving = False
+        self.federation_uid = ""
+        """Known once `joined` is set."""
+        self.joined = asyncio.Event()
+        """The federation is known and this replica is registered for the first time."""
+
+    def lease_good(self) -> bool:
+        """O2. False before the first registration."""
+        return self._tenure is not None and self._tenure.good(self._clock.boot())
+
+    async def run(self) -> None:
+        """Join, register, and hold what the ring says, until cancelled. Raises IncompatibleFederation, Corrupt."""
+        while not self._leaving:
+            try:
+                federation = await join_federation(self._store, self._clock, self._entropy)
+                self.federation_uid = self._controller.restore.federation_uid = federation.uid
+                await self._serve_one_lease()
+            except StoreError as error:
+                log.warning("the store does not answer", extra={"error": str(error)})
+                await self._clock.sleep(RETRY_PAUSE)
+
+    async def leave(self) -> None:
+        """Graceful end: flush all shards, then let go of everything at once by ending the lease (O4)."""
+        self._leaving = True
+        await self._controller.flush_all()
+        tenure, self._tenure = self._tenure, None
+        for shard in list(self._controller.owned()):
+            self._controller.drop(shard)
+        if tenure is None:
+            return
+        await tenure.keeper.stop()
+        try:
+            await self._store.lease_revoke(tenure.lease.id, timeout=CLAIM_TIMEOUT)
+        except StoreError as error:
+            log.warning("the lease is left to expire", extra={"error": str(error)})
+
+    # -- one lease -----------------------------------------------------------------------------------------------------------
+
+    async def _serve_one_lease(self) -> None:
+        """From a new lease to its loss."""
+        sent = self._clock.boot()
+        lease = await self._store.lease_grant(self._config.lease_ttl, timeout=READ_TIMEOUT)
+        tenure = Tenure(lease, self._make_keeper(), sent)
+        tenure.keeper.start(lease)
+        ticking = asyncio.get_running_loop().create_task(self._tick(tenure))
+        try:
+            level = await register(
+                self._store, self._clock, self._member, lease, timeout=self._config.register_timeout
+            )
+            if level is None:
+                log.error("another process is registered under this name", extra={"replica": self._member.replica})
+                return
+            self._controller.set_feature_level(level)
+            self._tenure = tenure
+            self._controller.attach(lease.id, self.lease_good)
+            self.joined.set()
+            while not (tenure.keeper.lost or self._leaving):
+                await self._clock.sleep(await self._step(tenure))
+        finally:
+            ticking.cancel()
+            if not self._leaving:
+                self._tenure = None
+                for shard in list(self._controller.owned()):
+                    self._controller.drop(shard)
+                await tenure.keeper.stop()
+
+    async def _tick(self, tenure: Tenure) -> None:
+        """The main loop works (O2)."""
+        while True:
+            tenure.keeper.tick()
+            await self._clock.sleep(self._config.tick)
+
+    async def _step(self, tenure: Tenure) -> float:
+        """One survey and what follows from it. Seconds until the next."""
+        try:
+            survey = await self._survey()
+            if not tenure.good(self._clock.boot()):
+                return await self._resume(tenure, survey)
+            return await self._balance(tenure, survey)
+        except StoreError as error:
+            log.warning("could not survey the store", extra={"error": str(error)})
+            return self._config.eager_poll
+
+    async def _survey(self) -> Survey:
+        """Members, then owners and heads. Raises Unavailable, Corrupt."""
+        members = await self._store.range(keys.MEMBERS_PREFIX, timeout=READ_TIMEOUT)
+        wanted = [keys.INCARNATION, keys.FEATURE_LEVEL, *map(keys.owner, ALL_SHARDS), *map(keys.head, ALL_SHARDS)]
+        found, _ = await read_keys(self._store, wanted, timeout=READ_TIMEOUT)
+        owner_kvs, head_kvs = found[2 : 2 + len(ALL_SHARDS)], found[2 + len(ALL_SHARDS) :]
+        names = (keys.parse_member(kv.key) for kv in members.kvs)
+        return Survey(
+            members=tuple(name for name in names if name is not None),
+            owners=dict(zip(ALL_SHARDS, owner_kvs, strict=True)),
+            heads={shard: Head.parse(kv) for shard, kv in zip(ALL_SHARDS, head_kvs, strict=True)},
+            incarnation=read_incarnation(found[0]),
+            level=feature_level(found[1]),
+        )
+
+    async def _resume(self, tenure: Tenure, survey: Survey) -> float:
+        """O3: `survey` was read after the lapse. Shards that are still ours go on from the very state they had. Raises
+        Unavailable."""
+        await self._controller.restore.check_own(self._controller.owned())
+        if not tenure.fresh(self._clock.boot()):
+            return self._config.eager_poll
+        self._drop_lost(survey)
+        tenure.since, tenure.lapsed = tenure.keeper.last_ack_sent, False
+        self._controller.wake()
+        return self._config.eager_poll
+
+    def _drop_lost(self, survey: Survey) -> None:
+        """Let go of shards whose owner key, head or incarnation is not what we left. (One with a decision in flight is left
+        to the journal, which sees the same: J6.)"""
+        for shard, owned in list(self._controller.owned().items()):
+            kv = survey.owners[shard]
+            ours = kv is not None and kv.value == owned.owner_value and survey.incarnation == owned.incarnation
+            # Our own commits may have come after the survey, so only a head below ours, or another at it, speaks.
+            head = survey.heads[shard]
+            if not ours or (head.seq > owned.seq) or (head.seq == owned.seq and head.nonce != owned.nonce):
+                self._controller.drop(shard)
+
+    # -- balance -------------------------------------------------------------------------------------------------------------
+
+    async def _balance(self, tenure: Tenure, survey: Survey) -> float:
+        """One step towards what the ring says. Raises Unavailable."""
+        self._controller.set_feature_level(survey.level)
+        self._drop_lost(survey)
+        await self._give_back_orphans(tenure, survey)
+        wanted = owners(ALL_SHARDS, dict.fromkeys(survey.members, 1.0))
+        mine = [shard for shard, owner in wanted.items() if owner == self._member.replica]
+        await self._hand_over_one(wanted)
+        for shard in mine:
+            if survey.owners[shard] is None and tenure.good(self._clock.boot()) and not self._leaving:
+                await self._controller.take(shard)
+        settled = all(shard in self._controller.owned() or shard in self._controller.stopped for shard in mine)
+        return self._config.poll if settled else self._config.eager_poll
+
+    async def _hand_over_one(self, wanted: dict[str, str]) -> None:
+        """O4: flush and release, one at a time, after a minimum hold; the one we had longest first."""
+        now = self._clock.boot()
+        leaving = [
+            owned
+            for shard, owned in self._controller.owned().items()
+            if wanted.get(shard, self._member.replica) != self._member.replica
+            and now - owned.taken_boot >= self._config.minimum_hold
+        ]
+        if leaving:
+            await self._controller.release(min(leaving, key=lambda owned: owned.taken_boot).id)
+
+    async def _give_back_orphans(self, tenure: Tenure, survey: Survey) -> None:
+        """Owner keys under our own lease that we know nothing of: takings or releases whose answer never came. One under
+        another lease is an earlier process's, or not ours at all: it is left to expire (its nonce is not ours)."""
+        for shard, kv in survey.owners.items():
+            if kv is not None and kv.lease == tenure.lease.id and not self._controller.holds(shard, kv.value):
+                log.warning("giving back an owner key nobody uses", extra={"shard": shard})
+                await give_back(self._store, self._clock, shard, kv.value, timeout=CLAIM_TIMEOUT)
+

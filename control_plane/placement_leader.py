@@ -1,0 +1,219 @@
+"""The leader's side of placement, awake where fleet is owned (PROTOCOL C1-C4).
+
+Theory. The leader is an optimiser without a memory that matters: everything it knows comes again within half a second. It
+collects what shards want, for some milliseconds, looks at the last capacity reports, and asks `core.scheduler.place`. Its term
+is fleet's epoch. A new leader grants nothing for one maximum time to live, so permissions of two leaders never add up (C3).
+
+What a permission may still use is subtracted until the shard speaks again or the permission expires; what is in use but not in
+a capacity report comes with the shards' demands.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from baton.clock import Clock
+from baton.internal import peer_pb2 as pb
+from control_plane.bell import Bell
+from control_plane.core.model import FLEET, Group, Resources
+from control_plane.core.offers import Granted, Holding, Offer, Plan, Snapshot, Want
+from control_plane.core.scheduler import place
+from control_plane.demand_wire import Answer, decode_group, encode_grants, shapes_of
+from control_plane.view import View
+
+if TYPE_CHECKING:
+    from control_plane.controller import OwnedShard
+    from control_plane.core.commands import Outbox
+    from control_plane.placement_owner import Send
+
+log = logging.getLogger(__name__)
+
+GATHER = 0.002
+"""Seconds in which demands are gathered for one plan. Larger: a slower hop; smaller: a plan per shard instead of per moment."""
+
+GRANT_TTL = 2.0
+"""Seconds a permission lives, and a new leader's silence. Too small: slow commits lose their permissions; too large: a killed
+leader costs a longer pause, and unused room idles longer."""
+
+DEMAND_TTL = 3.0
+"""Seconds after which a silent shard's demand is forgotten: six of its repetitions, so only a lost owner falls silent so long."""
+
+REPLAN = 0.5
+"""Seconds until the next plan while somebody waits and nothing new was heard: expired permissions give room back."""
+
+MAX_GROUPS = 10_000
+"""Decoded groups kept. More groups than this in use at once are only decoded again."""
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A shard's last Demand. Times on the own boot clock."""
+
+    epoch: int
+    seq: int
+    heard: float
+    wants: tuple[Want, ...]
+    uses: tuple[tuple[Holding, int], ...]
+    """What it holds, and the change of that since the cluster's report."""
+    told: Answer | None = None
+    grants: tuple[Granted, ...] = ()
+    expires: float = 0.0
+    """When the permissions given for this Demand expire; 0: none were given, and only then may some still be."""
+
+
+class GrantSide:
+    """Plans for the whole federation while this replica owns fleet. A controller `Listener`."""
+
+    def __init__(self, clock: Clock, view: View, send: Send, weights: Callable[[], Mapping[str, float]]) -> None:
+        self._clock = clock
+        self._view = view
+        self._send = send
+        self._weights = weights
+        self._bell = Bell(clock)
+        self._term = 0
+        self._opens = 0.0
+        self._asked: dict[str, _Asked] = {}
+        self._groups: dict[str, Group] = {}
+        view.subscribe(self._heard)
+
+    # -- Listener -----------------------------------------------------------------------------------------------------
+
+    def taken(self, shard: OwnedShard) -> None:
+        """A new leader knows nothing, and keeps silent for one maximum ttl (C3)."""
+        if shard.id == FLEET:
+            self._term = shard.epoch_revision
+            self._opens = self._clock.boot() + GRANT_TTL
+            self._asked.clear()
+            self._bell.ring()
+
+    def committed(self, shard: OwnedShard, outbox: Outbox) -> None:
+        """Changes of the table come by the view, as to everybody."""
+
+    def dropped(self, shard: str) -> None:
+        """Somebody else leads."""
+        if shard == FLEET:
+            self._term = 0
+            self._asked.clear()
+
+    def _heard(self, topic: str) -> None:
+        if topic in ("beats", "table") and self._waits():
+            self._bell.ring()
+
+    def _waits(self) -> bool:
+        return any(asked.wants and not asked.expires for asked in self._asked.values())
+
+    # -- demand -------------------------------------------------------------------------------------------------------
+
+    def on_demand(self, message: pb.Demand) -> None:
+        """A shard says what it wants and holds; what it was permitted before is spent or void."""
+        if not self._term:
+            return
+        known = self._asked.get(message.shard)
+        if known is not None and (message.epoch, message.seq) <= (known.epoch, known.seq):
+            return
+        wall = self._clock.wall()
+        try:
+            wants = tuple(
+                Want(
+                    shard=message.shard,
+                    key=line.key,
+                    group=self._group(line.group),
+                    count=line.count,
+                    start_by=wall + line.slack_ms / 1000,
+                    since=line.since_ms / 1000,
+                )
+                for line in message.groups
+            )
+            uses = tuple(
+                (Holding(message.shard, use.key, self._group(use.group), use.cluster_uid, use.held), use.count)
+                for use in message.pending
+            )
+        except ValueError as error:
+            log.error("a demand cannot be read", extra={"shard": message.shard, "error": str(error)})
+            return
+        if not wants and not uses:
+            self._asked.pop(message.shard, None)
+            return
+        self._asked[message.shard] = _Asked(message.epoch, message.seq, self._clock.boot(), wants, uses)
+        self._bell.ring()
+
+    def _group(self, text: str) -> Group:
+        """Equal text is one object; parsing is dear and groups are few."""
+        group = self._groups.get(text)
+        if group is None:
+            if len(self._groups) >= MAX_GROUPS:
+                self._groups.clear()
+            group = self._groups[text] = decode_group(text)
+        return group
+
+    # -- planning -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Plan while fleet is ours, until cancelled."""
+        while True:
+            rung = await self._bell.wait(REPLAN)
+            if not self._term or not (rung or self._waits()):
+                continue
+            await self._clock.sleep(max(GATHER, self._opens - self._clock.boot()))
+            if self._term and self._clock.boot() >= self._opens:
+                self._plan(self._clock.boot())
+
+    def _plan(self, now: float) -> None:
+        """One plan, and an answer to every shard to which it says something new."""
+        self._asked = {shard: asked for shard, asked in self._asked.items() if now - asked.heard <= DEMAND_TTL}
+        for asked in self._asked.values():
+            if asked.expires <= now:
+                asked.grants = ()
+        waiting = {shard: asked for shard, asked in self._asked.items() if not asked.expires}
+        plan = place(self._snapshot(waiting), self._clock.wall())
+        for shard, answer in _answers(plan, waiting).items():
+            asked = waiting[shard]
+            if answer == asked.told:
+                continue
+            asked.told = answer
+            if answer.grants:
+                asked.grants, asked.expires = answer.grants, now + GRANT_TTL
+            self._send(shard, encode_grants(shard, self._term, asked.seq, GRANT_TTL, answer))
+
+    def _snapshot(self, waiting: Mapping[str, _Asked]) -> Snapshot:
+        changes: dict[str, dict[Resources, int]] = defaultdict(lambda: defaultdict(int))
+        holdings: list[Holding] = []
+        for shard, asked in self._asked.items():
+            for holding, change in asked.uses:
+                changes[holding.cluster][holding.group.resources] += change
+                holdings.append(holding)
+            groups = {want.key: want.group for want in asked.wants}
+            for grant in asked.grants:
+                group = groups[grant.key]
+                changes[grant.cluster][group.resources] += grant.count
+                holdings.append(Holding(shard, grant.key, group, grant.cluster, grant.count))
+        offers = []
+        for uid, facts in self._view.table.clusters.items():
+            beat = self._view.beats.get(uid)
+            fresh = beat is not None and beat.heartbeat.generation == facts.generation
+            shapes = shapes_of(beat.heartbeat) if beat is not None and fresh else None
+            offers.append(Offer(facts, shapes, tuple((need, n) for need, n in changes[uid].items() if n)))
+        return Snapshot(
+            offers=tuple(offers),
+            wants=tuple(want for asked in waiting.values() for want in asked.wants),
+            holdings=tuple(holdings),
+            weights=self._weights(),
+        )
+
+
+def _answers(plan: Plan, shards: Iterable[str]) -> dict[str, Answer]:
+    """A plan, by shard."""
+    grants: dict[str, list[Granted]] = defaultdict(list)
+    reasons: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    returning: dict[str, set[str]] = defaultdict(set)
+    for grant in plan.grants:
+        grants[grant.shard].append(grant)
+    for (shard, key), reason in plan.reasons.items():
+        reasons[shard].append((key, reason))
+    for shard, key in plan.returning:
+        returning[shard].add(key)
+    return {s: Answer(tuple(grants[s]), tuple(reasons[s]), frozenset(returning[s])) for s in shards}

@@ -1,0 +1,221 @@
+"""The owner's side of placement: demand up, grants down (PROTOCOL C1-C3).
+
+Theory. Demand and grants are levels with a conversation of one: an owner has **at most one unanswered Demand** per shard, and
+takes permissions at most once for each, after which it says anew what it wants. So the leader always knows whether a
+permission is still open (no later Demand came) or spent and returned (one came); nothing is permitted twice because two
+messages crossed. An answer that never comes is not waited for: every half second what is wanted is said again.
+
+A permission is bound by the shard's own commit (`TakeGrants`), and the next Demand is made only after that commit, so that it
+counts what was bound. What is left unbound then is void for the leader, and is replaced by its next answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+from baton.clock import Clock
+from baton.internal import peer_pb2 as pb
+from control_plane.bell import Bell
+from control_plane.core.commands import DropGrants, Refused, TakeGrants
+from control_plane.core.model import FLEET
+from control_plane.core.shard import RunShard
+from control_plane.demand_wire import decode_grants, encode_group
+from control_plane.holdings import Holdings, PendingSource
+from control_plane.refusals import NotOwned, OutcomeUnknown, StoreDown
+from control_plane.view import View
+
+if TYPE_CHECKING:
+    from control_plane.controller import Controller, OwnedShard
+    from control_plane.core.commands import Outbox
+
+log = logging.getLogger(__name__)
+
+LEVEL = 0.5
+"""Seconds after which what is wanted or held is said again. Larger: a lost message delays work by as much; smaller: chatter of
+all shards with work."""
+
+MIN_GAP = 0.004
+"""Seconds between two Demands of a shard. Larger: slower hops between groups; smaller: a busy shard, which changes its demand
+with every commit, would fill its loop with demands."""
+
+QUIET_GAP = 0.05
+"""Seconds until a change of what is *held* alone is said. It only helps others, so it may wait for company."""
+
+BIND_TIMEOUT = 5.0
+"""Seconds for the commit that binds tasks to grants; after that the shard says anew what it wants."""
+
+Send = Callable[[str, pb.PeerMessage], object]
+"""`Router.to_owner(shard, message)`."""
+
+
+@dataclass(slots=True)
+class _Line:
+    """The conversation of one owned shard. Times on the own boot clock."""
+
+    shard: OwnedShard
+    holdings: Holdings
+    seq: int = 0
+    sent: float = float("-inf")
+    due: float = 0.0
+    """When to speak next; infinity: nothing to say."""
+    waiting: bool = False
+    put_off: float = float("inf")
+    """Something changed while an answer is awaited: so long after the answer it is said. Infinity: nothing did."""
+    spent: bool = False
+    """A permission was taken for the current seq."""
+    quiet: bool = True
+    """The last Demand was empty."""
+    expires: float = float("inf")
+    term: int = 0
+    advice: TakeGrants | None = None
+    """The last answer without permissions: reasons, and groups that give slots back."""
+    binding: asyncio.Task[None] | None = field(default=None, repr=False)
+
+
+class DemandSide:
+    """Speaks for all run shards this replica owns. A controller `Listener`."""
+
+    def __init__(self, clock: Clock, controller: Controller, view: View, send: Send, pending: PendingSource) -> None:
+        self._clock = clock
+        self._controller = controller
+        self._view = view
+        self._send = send
+        self._pending = pending
+        self._lines: dict[str, _Line] = {}
+        self._bell = Bell(clock)
+        view.subscribe(self._heard)
+
+    # -- Listener -----------------------------------------------------------------------------------------------------
+
+    def taken(self, shard: OwnedShard) -> None:
+        """A new owner says at once what it wants."""
+        if shard.id != FLEET:
+            self.dropped(shard.id)
+            holdings = Holdings(shard.id, cast(RunShard, shard.machine), self._view, self._pending)
+            self._lines[shard.id] = _Line(shard, holdings)
+            self._bell.ring()
+
+    def committed(self, shard: OwnedShard, outbox: Outbox) -> None:
+        """Ready counts changed: say so soon. Else only what is held may have changed."""
+        line = self._lines.get(shard.id)
+        if line is not None:
+            after = 0.0 if outbox.demand else QUIET_GAP
+            if line.waiting:
+                line.put_off = min(line.put_off, after)
+            else:
+                self._speak(line, after)
+
+    def dropped(self, shard: str) -> None:
+        """Its new owner speaks for it."""
+        line = self._lines.pop(shard, None)
+        if line is not None and line.binding is not None:
+            line.binding.cancel()
+
+    def _heard(self, topic: str) -> None:
+        if topic == "beats":
+            for line in self._lines.values():
+                line.holdings.reported()
+
+    # -- speaking -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Say what is due, until cancelled."""
+        try:
+            while True:
+                now = self._clock.boot()
+                for line in list(self._lines.values()):
+                    if line.expires <= now:
+                        line.expires = float("inf")
+                        self._controller.post(line.shard.id, DropGrants(line.term))
+                    if line.binding is None and line.due <= now:
+                        self._say(line, now)
+                await self._bell.wait(self._sleep(self._clock.boot()))
+        finally:
+            for shard in list(self._lines):
+                self.dropped(shard)
+
+    def _sleep(self, now: float) -> float:
+        """Seconds until something is due."""
+        times = [line.due for line in self._lines.values() if line.binding is None]
+        times += [line.expires for line in self._lines.values()]
+        return min(max(min(times, default=now + LEVEL) - now, 0.001), LEVEL)
+
+    def _speak(self, line: _Line, after: float) -> None:
+        """Say the shard's demand in `after` seconds at the latest."""
+        due = max(self._clock.boot() + after, line.sent + MIN_GAP)
+        if due < line.due:
+            line.due = due
+            self._bell.ring()
+
+    def _say(self, line: _Line, now: float) -> None:
+        lines = [entry for entry in line.holdings.demand(self._clock.wall()) if entry.count > 0]
+        uses = line.holdings.uses()
+        nothing = not lines and not uses
+        line.due = float("inf") if nothing else now + LEVEL
+        if nothing and line.quiet:
+            return
+        line.seq += 1
+        line.sent, line.waiting, line.spent, line.quiet = now, not nothing, False, nothing
+        line.put_off = float("inf")
+        message = pb.Demand(
+            shard=line.shard.id,
+            epoch=line.shard.epoch_revision,
+            seq=line.seq,
+            groups=[
+                pb.DemandGroup(
+                    key=entry.key,
+                    group=encode_group(entry.group),
+                    count=entry.count,
+                    slack_ms=int(entry.slack_seconds * 1000),
+                    since_ms=int(entry.since_wall * 1000),
+                )
+                for entry in lines
+            ],
+            pending=[
+                pb.PendingUse(
+                    cluster_uid=use.cluster,
+                    key=use.key,
+                    group=encode_group(use.group),
+                    count=use.change,
+                    held=use.held,
+                )
+                for use in uses
+            ],
+        )
+        self._send(FLEET, pb.PeerMessage(demand=message))
+
+    # -- taking -------------------------------------------------------------------------------------------------------
+
+    def on_grants(self, message: pb.Grants) -> None:
+        """The leader's answer, or permissions it found later for the same Demand."""
+        line = self._lines.get(message.shard)
+        if line is None or message.demand_seq != line.seq or message.term < line.term or line.spent:
+            return
+        grants = decode_grants(message)
+        line.waiting, line.term = False, message.term
+        if grants.grants:
+            line.spent = True
+            line.advice = None
+            line.expires = self._clock.boot() + message.ttl_ms / 1000
+            line.binding = asyncio.get_running_loop().create_task(self._bind(line, grants))
+            return
+        if grants != line.advice:
+            line.advice = grants
+            self._controller.post(line.shard.id, grants)
+        if line.put_off < float("inf"):
+            self._speak(line, line.put_off)
+
+    async def _bind(self, line: _Line, grants: TakeGrants) -> None:
+        """Commit what the grants permit, then say what is still wanted."""
+        try:
+            await self._controller.submit(line.shard.id, grants, timeout=BIND_TIMEOUT)
+        except (NotOwned, StoreDown, OutcomeUnknown, Refused) as error:
+            log.debug("grants were not bound", extra={"shard": line.shard.id, "error": str(error)})
+        finally:
+            line.binding = None
+        line.due = min(line.due, max(self._clock.boot(), line.sent + MIN_GAP))
+        self._bell.ring()

@@ -1,0 +1,118 @@
+"""Child processes of the supervisor: born with a death wish, known by more than a number.
+
+Theory: a pid is used again; (pid, start ticks) is not, within one boot. So what is written down to be found later is both.
+Children get SIGKILL from the kernel when the thread that started them ends (PR_SET_PDEATHSIG): call `spawn` from the main
+thread only. Each child leads a session of its own, so that ctrl-C in the terminal reaches the supervisor alone, and so
+that its own children can be signalled with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import lab
+from cluster_agent.guard import host, proctree
+
+ROOT = Path(lab.__file__).resolve().parent.parent
+"""Where children find the code: next to ours."""
+
+END_SECONDS = 15.0
+"""For a process that was killed to be gone, and a machine to have lost all its processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A process, for as long as this host runs."""
+
+    pid: int
+    start_ticks: int
+
+    @property
+    def alive(self) -> bool:
+        """Whether this very process still runs."""
+        return proctree.alive(self.pid, self.start_ticks)
+
+
+def identify(pid: int) -> Identity:
+    """The identity of a child of ours that was not reaped yet."""
+    process = proctree.read(pid)
+    return Identity(pid, process.start_ticks if process else 0)
+
+
+def kill_remains(identity: Identity) -> None:
+    """SIGKILL a process of an earlier supervisor and its session, if it is still that very process."""
+    if identity.alive:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(identity.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(identity.pid, signal.SIGKILL)
+
+
+def environment() -> dict[str, str]:
+    """Ours, with this checkout first among the places where Python looks."""
+    path = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT)}
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module with this interpreter."""
+    return [sys.executable, "-m", module, *arguments]
+
+
+def spawn(command: Sequence[str], log: Path, *, piped: bool = False) -> subprocess.Popen[bytes]:
+    """Start a child that writes to `log` and dies with us. `piped`: its stdin and stdout are ours, unbuffered."""
+    parent = os.getpid()
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE if piped else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if piped else out,
+            stderr=out,
+            bufsize=0,
+            env=environment(),
+            start_new_session=True,
+            preexec_fn=None if piped else lambda: _die_with(parent),  # noqa: PLW1509 - two system calls, no lock
+        )
+
+
+def on_end(process: subprocess.Popen[bytes], tell: Callable[[], None]) -> None:
+    """Call `tell` once, from the running loop, when the child has ended and was reaped."""
+    loop = asyncio.get_running_loop()
+    fd = os.pidfd_open(process.pid)
+
+    def ended() -> None:
+        loop.remove_reader(fd)
+        os.close(fd)
+        process.wait()
+        tell()
+
+    loop.add_reader(fd, ended)
+
+
+async def gone(process: subprocess.Popen[bytes], seconds: float = END_SECONDS) -> bool:
+    """Wait until the child has ended; False if it has not in time."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while process.poll() is None:
+                await asyncio.sleep(0.01)
+    return process.poll() is not None
+
+
+def tail(log: Path, count: int = 2_000) -> str:
+    """The end of a log, for a message."""
+    return log.read_text(errors="replace")[-count:].strip() if log.exists() else "(no log)"
+
+
+def _die_with(parent: int) -> None:
+    """In the child: be killed when the thread that forked us ends; end at once if it already has."""
+    host.prctl(host.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

@@ -1,0 +1,162 @@
+"""Virtual time: an asyncio loop that never waits, clocks that drift, and chance from a seed.
+
+Theory. A loop has nothing to do exactly when no callback is ready; then the next thing that can happen is its next timer, and
+instead of sleeping until there it *is* there. So a simulated hour costs what its callbacks cost, and one seed always gives
+the same run: time comes from timers, chance from the seed, and (if asked for) the order of ready callbacks from the seed too,
+which finds code that only works because tasks happen to run in turn.
+
+If there is no timer either, nothing will ever happen again: that is a deadlock, said as such instead of hanging.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import selectors
+from collections import deque
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+
+T = TypeVar("T")
+
+EPOCH = 1_700_000_000.0
+"""Wall time at virtual time 0. Any date would do; a recent one makes printed times look right."""
+
+MAX_STEPS = 50_000_000
+"""Loop turns of one run. A run that needs more spins without time passing."""
+
+
+class Deadlock(RuntimeError):
+    """Nothing is ready and no timer is set: the awaited coroutine can never end."""
+
+
+class Spinning(RuntimeError):
+    """Far too many turns: something runs in circles without letting time pass."""
+
+
+class _InstantSelector(selectors.DefaultSelector):
+    """Looks at real descriptors without waiting, and lets time jump instead."""
+
+    loop: VirtualLoop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready:
+            if timeout is None:
+                raise Deadlock("nothing is ready and no timer is set")
+            self.loop.advance(max(timeout, 0.0))
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop in virtual time, from 0. With a `shuffle` generator ready callbacks run in its order."""
+
+    def __init__(self, shuffle: random.Random | None = None) -> None:
+        selector = _InstantSelector()
+        selector.loop = self
+        self._now = 0.0
+        self._steps = 0
+        self._shuffle = shuffle
+        super().__init__(selector)
+
+    def time(self) -> float:
+        """Virtual seconds since the loop was made."""
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self._now += seconds
+
+    def _run_once(self) -> None:
+        self._steps += 1
+        if self._steps > MAX_STEPS:
+            raise Spinning(f"{MAX_STEPS} loop turns, and the virtual time is only {self._now}")
+        ready: deque[Any] = self._ready  # type: ignore[attr-defined]  # BaseEventLoop's queue, private and stable
+        if self._shuffle is not None and len(ready) > 1:
+            order = list(ready)
+            self._shuffle.shuffle(order)
+            ready.clear()
+            ready.extend(order)
+        super()._run_once()  # type: ignore[misc]  # as above
+
+
+class VirtualClock:
+    """A node's `baton.clock.Clock` on the running VirtualLoop. Its clocks start at `boot_offset` and EPOCH + `wall_offset`
+    and run `rate` times as fast as true time. The wall clock may be stepped, the rate changed; boot never steps back."""
+
+    def __init__(self, *, boot_offset: float = 1000.0, wall_offset: float = 0.0, rate: float = 1.0) -> None:
+        self._rate = rate
+        self._at = _now()
+        self._boot = boot_offset
+        self._wall_ahead = EPOCH + wall_offset - boot_offset
+
+    def boot(self) -> float:
+        """See `Clock.boot`."""
+        return self._boot + (_now() - self._at) * self._rate
+
+    def wall(self) -> float:
+        """See `Clock.wall`."""
+        return self.boot() + self._wall_ahead
+
+    async def sleep(self, seconds: float) -> None:
+        """See `Clock.sleep`: `seconds` of this clock."""
+        await asyncio.sleep(seconds / self._rate)
+
+    def step_wall(self, seconds: float) -> None:
+        """Somebody set the wall clock."""
+        self._wall_ahead += seconds
+
+    def step_boot(self, seconds: float) -> None:
+        """The node was suspended: its boot clock and wall clock count the time, its timers did not run."""
+        if seconds < 0:
+            raise ValueError("a boot clock never steps back")
+        self._boot += seconds
+
+    def set_rate(self, rate: float) -> None:
+        """From now on the clocks run `rate` times as fast as true time. Sleeps under way keep their length."""
+        self._boot, self._at, self._rate = self.boot(), _now(), rate
+
+
+class SeededEntropy:
+    """A `baton.clock.Entropy` from a seed."""
+
+    def __init__(self, seed: int | str) -> None:
+        self._random = random.Random(seed)
+
+    def token(self, size: int = 16) -> str:
+        """See `Entropy.token`."""
+        return self._random.randbytes(size).hex()
+
+    def uniform(self) -> float:
+        """See `Entropy.uniform`."""
+        return self._random.random()
+
+
+def run(main: Coroutine[Any, Any, T], seed: int = 0, *, shuffle: bool = False) -> T:
+    """Run `main` to its end in virtual time, cancel what it left behind, return its result. Raises Deadlock, Spinning."""
+    loop = VirtualLoop(random.Random(seed) if shuffle else None)
+    try:
+        asyncio.set_event_loop(loop)
+        try:
+            return loop.run_until_complete(main)
+        finally:
+            _cancel_leftovers(loop)
+            loop.run_until_complete(loop.shutdown_asyncgens())
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+def _cancel_leftovers(loop: asyncio.AbstractEventLoop) -> None:
+    left = asyncio.all_tasks(loop)
+    for task in sorted(left, key=lambda task: task.get_name()):
+        task.cancel()
+    if left:
+        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
