@@ -157,12 +157,12 @@ async def follow_logs(
         stream = endpoint.runs.FollowLogs(request, timeout=STREAM_SECONDS)
         try:
             while (piece := await _next(stream)) is not None:
-                waiting.renew()
                 attempt = attempt or piece.attempt
                 seen = offset - piece.offset
                 if seen > 0:
                     piece = run_pb2.FollowLogsResponse(offset=offset, data=piece.data[seen:], attempt=piece.attempt)
                 if piece.data:
+                    waiting.renew()
                     offset = piece.offset + len(piece.data)
                     yield piece
             return

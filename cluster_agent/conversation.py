@@ -98,6 +98,7 @@ class Conversation:
     def __init__(self, parts: Parts, guard: GuardWatch, stream: Stream, number: int) -> None:
         self.number = number
         self.generation: int | None = None
+        self.answered = False
         self._parts = parts
         self._guard = guard
         self._stream = stream
@@ -212,6 +213,7 @@ class Conversation:
         sent = self._beats.get(ack.seq)
         if sent is None or self.generation is None:
             return  # a silent guard's, or one we never sent
+        self.answered = True
         self._beats = {seq: at for seq, at in self._beats.items() if seq > ack.seq}
         event = on.HeartbeatAcked(self.number, self.generation, sent, ack.server_wall_ms)
         await self._parts.reconciler.post(event)

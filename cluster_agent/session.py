@@ -2,8 +2,8 @@
 
 For ever: dial the next endpoint; say Hello with the inventory the machine gives; on Welcome send a heartbeat every h;
 bring what arrives to the machine and what the machine wants said to the stream; when the stream ends, for whatever
-reason, wait a little (jittered, growing while no Welcome comes) and begin again. The queue, the lease and the work
-are the machine's.
+reason, wait a little (jittered, growing while no heartbeat is answered) and begin again. The queue, the lease and the
+work are the machine's.
 
 * The send time of a heartbeat is read *before* it is sent; only its acknowledgement renews anything (F5).
 * A heartbeat leaves only if the guard has ticked since the last one; else it says `guard_silent`, and its
@@ -28,9 +28,14 @@ CONNECT_SECONDS = 5.0
 """To dial one endpoint; several must be tried within F."""
 
 BACKOFF_SECONDS = 0.2
-BACKOFF_MOST_SECONDS = 5.0
-"""First and longest pause between streams, with full jitter. Longer would eat F of the fast profile; shorter would
-make a thousand agents a storm on a replica that comes up."""
+"""First pause between streams, with full jitter; it doubles until a heartbeat is answered."""
+
+BACKOFF_LEASED_SECONDS = 1.0
+"""Longest pause while a lease is left. After an outage there are T_rpc + E (3 s) to be heard before F; much longer, and
+the profile would not ride out what it promises (F5)."""
+
+BACKOFF_UNLEASED_SECONDS = 5.0
+"""Longest pause when there is nothing left to save: a thousand agents must not be a storm on a replica that comes up."""
 
 
 class Session:
@@ -47,19 +52,21 @@ class Session:
         failures = 0
         while True:
             pause = 0.0
-            welcomed = False
+            answered = False
             try:
                 stream = await within(self._parts.clock, CONNECT_SECONDS, self._parts.transport.connect())
             except (TransportClosed, TimeoutError) as error:
                 log.warning("The control plane cannot be reached.", extra={"cause": str(error)})
             else:
-                welcomed, pause = await self._converse(stream)
-            failures = 0 if welcomed else failures + 1
-            bound = min(BACKOFF_MOST_SECONDS, BACKOFF_SECONDS * 2 ** min(failures, 10))
+                answered, pause = await self._converse(stream)
+            failures = 0 if answered else failures + 1
+            unleased = self._parts.reconciler.machine.link.renewed_at is None
+            most = BACKOFF_UNLEASED_SECONDS if unleased else BACKOFF_LEASED_SECONDS
+            bound = min(most, BACKOFF_SECONDS * 2 ** min(failures, 10))
             await self._parts.clock.sleep(pause + self._parts.entropy.uniform() * bound)
 
     async def _converse(self, stream: Stream) -> tuple[bool, float]:
-        """One stream from Hello to its end: whether there was a Welcome, and the pause that was asked for."""
+        """One stream from Hello to its end: whether a heartbeat was answered, and the pause that was asked for."""
         self._number += 1
         number = self._number
         talk = self._conversation = Conversation(self._parts, self._guard, stream, number)
@@ -76,7 +83,7 @@ class Session:
             self._conversation = None
             await stream.close()
         await self._parts.reconciler.post(on.StreamClosed(number))
-        return talk.generation is not None, pause
+        return talk.answered, pause
 
     def send(self, action: Action) -> None:
         """What the machine wants said. Never waits; what is for a stream that is gone is dropped (it goes again)."""

@@ -65,7 +65,7 @@ def reports_command(cluster: str, generation: int, reports: Iterable[pb.Reports]
 
 def finish(message: pb.FinishedReport) -> Finish:
     """An attempt's end. An outcome this version does not know counts as lost: dead, nothing accepted."""
-    known = message.outcome in Outcome.__members__.values()
+    known = Outcome.SUCCEEDED <= message.outcome <= Outcome.LOST
     return Finish(
         attempt=attempt_id(message.attempt),
         outcome=Outcome(message.outcome) if known else Outcome.LOST,

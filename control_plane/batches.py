@@ -1,9 +1,11 @@
-"""Batches <-> stored values: what one decision emitted, in envelopes small enough for one transaction (PROTOCOL J1, J2, J11).
+"""Batches <-> stored values: what one decision emitted, in envelopes small enough for one transaction (PROTOCOL J1,
+J2, J11).
 
-Theory. A decision is atomic, whatever its size. Its `StoredBatch` is serialized once, compressed, and if it is too large for
-one value cut into *parts* that lie in consecutive seqs. Parts before the last have no effect: a fold applies the batch when it
-meets the last, and forgets parts whose rest never came (their owner died, or the batch was discarded; J6). So a large
-decision is a sequence of transactions that is correct after every one of them, and no rule ever sees half a decision.
+Theory. A decision is atomic, whatever its size. Its `StoredBatch` is serialized once, compressed, and if it is too
+large for one value cut into *parts* that lie in consecutive seqs. Parts before the last have no effect: a fold
+applies the batch when it meets the last, and forgets parts whose rest never came (their owner died, or the batch was
+discarded; J6). So a large decision is a sequence of transactions that is correct after every one of them, and no rule
+ever sees half a decision.
 
 The stamp of a batch carries the seq of its *first* part, for its number of parts is unknown while it is decided.
 """
@@ -65,8 +67,8 @@ class Stored:
 
 
 class BatchWriter:
-    """Serializes a batch while it is decided, so that its size is known before it is too large. `size` counts bytes before
-    compression."""
+    """Serializes a batch while it is decided, so that its size is known before it is too large. `size` counts bytes
+    before compression."""
 
     __slots__ = ("_message", "_written", "size")
 
@@ -184,7 +186,9 @@ class BatchReader:
         if envelope.part == 0:
             self._parts, self._nonce = [], envelope.nonce
         elif envelope.part != len(self._parts) or envelope.nonce != self._nonce:
-            raise Corrupt(f"part {envelope.part} of batch {envelope.nonce} follows part {len(self._parts)} of {self._nonce}")
+            raise Corrupt(
+                f"part {envelope.part} of batch {envelope.nonce} follows part {len(self._parts)} of {self._nonce}"
+            )
         self._parts.append(envelope.payload)
         if len(self._parts) < envelope.parts:
             return None

@@ -1,8 +1,9 @@
 """Taking and giving back the owner key of a shard (PROTOCOL O1, J4, J6).
 
-Theory. A taking succeeds only while the key is absent, and puts a nonce that was never used before; so it can be sent again
-until it is answered, and an owner key that holds our value is ours whichever copy put it. If no answer comes in time the key
-may still appear later: `Ownership` finds it under its lease, unknown to the controller, and gives it back.
+Theory. A taking succeeds only while the key is absent, and puts a nonce that was never used before; so it can be sent
+again until it is answered, and an owner key that holds our value is ours whichever copy put it. If no answer comes in
+time the key may still appear later: `Ownership` finds it under its lease, unknown to the controller, and gives it
+back.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Events <-> `baton.internal.events`, generically: the field names are the same on both sides (PROTOCOL J1, J11).
 
-Theory. Each event class gets a plan at import: for every field, how it goes into its message and how it comes back. Scalars
-and columns go as they are; enums as their numbers; pairs, tasks and optional exit codes through a converter each. A class
-that is missing on either side, or a field of a type without a converter, fails at import, not at three in the morning.
+Theory. Each event class gets a plan at import: for every field, how it goes into its message and how it comes back.
+Scalars and columns go as they are; enums as their numbers; pairs, tasks and optional exit codes through a converter
+each. A class that is missing on either side, or a field of a type without a converter, fails at import, not at three
+in the morning.
 
 Equal specs become one object when read (DESIGN 13), by an `Interned` table that lives as long as one recovery.
 """
@@ -52,7 +53,7 @@ class Interned:
         return self._specs.setdefault(spec, spec)
 
 
-# -- converters ------------------------------------------------------------------------------------------------------------
+# -- converters --------------------------------------------------------------------------------------------------------
 
 Pairs = tuple[tuple[str, str], ...]
 _Put = Callable[[Any, str, Any], None]
@@ -180,7 +181,7 @@ def _plan_of(hint: Any) -> tuple[_Put, _Take]:
     raise TypeError(f"no stored form for a field of type {hint}")
 
 
-# -- plans -----------------------------------------------------------------------------------------------------------------
+# -- plans -------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -218,7 +219,8 @@ def write_event(event: Event, message: pb.Event, level: int) -> None:
 
 
 def read_event(message: pb.Event, interned: Interned) -> Event:
-    """The event of a message. Raises TooNew if it is none we know, or holds a number of an enum we do not know (J11)."""
+    """The event of a message. Raises TooNew if it is none we know, or holds a number of an enum we do not know
+    (J11)."""
     member = message.WhichOneof("kind")
     if member is None:
         raise TooNew("the log holds an event this version does not know; run a version that does")

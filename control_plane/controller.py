@@ -1,11 +1,12 @@
 """The shards this replica owns: taking and releasing them, and what may be asked of them (PROTOCOL J2, J8, O3, O4).
 
-Theory. Everything is one loop turn or one transaction. `submit`, `post` and `read` only put something into a shard's inbox
-(a read of an open shard is answered at once); the cycle (`control_plane.cycle`) is the one task that decides and commits. A
-shard exists here from the moment its taking begins, so that calls which arrive early are parked, not failed (O4).
+Theory. Everything is one loop turn or one transaction. `submit`, `post` and `read` only put something into a shard's
+inbox (a read of an open shard is answered at once); the cycle (`control_plane.cycle`) is the one task that decides
+and commits. A shard exists here from the moment its taking begins, so that calls which arrive early are parked, not
+failed (O4).
 
-The lease is judged by whoever renews it (`attach`); while it is not good nothing is decided and nothing is read (O3), and
-what was decided is still carried to its end, since the fence does not need the lease.
+The lease is judged by whoever renews it (`attach`); while it is not good nothing is decided and nothing is read (O3),
+and what was decided is still carried to its end, since the fence does not need the lease.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class Controller:
         """The cycle. Runs until it is cancelled; then everybody who waits is told."""
         await self._cycle.run()
 
-    # -- asking ----------------------------------------------------------------------------------------------------------
+    # -- asking --------------------------------------------------------------------------------------------------------
 
     async def submit(
         self,
@@ -146,8 +147,8 @@ class Controller:
             raise StoreDown(f"shard {shard} did not get to it in {timeout} s") from None
 
     def post(self, shard: str, command: Command) -> None:
-        """Like `submit` for nobody who waits. Dropped silently if the shard is not here or too much waits: whoever cares
-        sends it again (J7)."""
+        """Like `submit` for nobody who waits. Dropped silently if the shard is not here or too much waits: whoever
+        cares sends it again (J7)."""
         slot = self._slots.get(shard)
         if slot is None or slot.releasing or len(slot.inbox) >= self._config.inbox:
             return
@@ -155,8 +156,8 @@ class Controller:
         self._cycle.wake()
 
     async def read(self, shard: str, question: Callable[[Any], T], *, timeout: float) -> T:
-        """`question` of the machine's committed state (J8). It must not keep or change what it is shown. Raises NotOwned,
-        StoreDown if the shard does not open in time, and what `question` raises."""
+        """`question` of the machine's committed state (J8). It must not keep or change what it is shown. Raises
+        NotOwned, StoreDown if the shard does not open in time, and what `question` raises."""
         slot = self._slots.get(shard)
         if slot is None or slot.releasing:
             raise NotOwned(shard)
@@ -175,11 +176,11 @@ class Controller:
         except TimeoutError:
             raise StoreDown(f"shard {shard} did not open in {timeout} s") from None
 
-    # -- taking and releasing ----------------------------------------------------------------------------------------------
+    # -- taking and releasing ------------------------------------------------------------------------------------------
 
     async def take(self, shard: str) -> bool:
-        """Become the owner of `shard` (O1) and recover it. False if somebody else owns it, the store does not answer, or
-        it cannot be served (then `stopped` says why)."""
+        """Become the owner of `shard` (O1) and recover it. False if somebody else owns it, the store does not answer,
+        or it cannot be served (then `stopped` says why)."""
         if shard in self._slots or shard in self.stopped:
             return False
         slot = self._slots[shard] = Slot(shard)
@@ -220,7 +221,8 @@ class Controller:
             log.warning("could not give a shard back yet", extra={"shard": shard, "error": str(error)})
 
     async def flush_all(self) -> None:
-        """Stop serving every shard as soon as what was decided is committed; owner keys stay (a lease's end takes them)."""
+        """Stop serving every shard as soon as what was decided is committed; owner keys stay (a lease's end takes
+        them)."""
         await asyncio.gather(*(self._flush(slot) for slot in list(self._slots.values()) if slot.handle is not None))
 
     def drop(self, shard: str) -> None:
@@ -235,8 +237,8 @@ class Controller:
         self._cycle.forget(slot, None)
 
     async def _fill(self, slot: Slot) -> bool:
-        """Recover the state of a slot and check it against our own memory (J12). False if the shard must stop or is lost.
-        Raises Unavailable."""
+        """Recover the state of a slot and check it against our own memory (J12). False if the shard must stop or is
+        lost. Raises Unavailable."""
         owned = slot.owned
         try:
             found = await recover(

@@ -1,10 +1,10 @@
 """The cycle: take what arrived, decide it as one batch a shard, commit all in one transaction, publish (PROTOCOL J2).
 
-Theory. One task, one transaction at a time. Under load everything that arrives during a commit becomes the next batch, so
-throughput grows with load and no queue needs tuning; an idle shard's command waits for nothing. What cannot go into this
-transaction (a full one, a batch with a condition, the later parts of a big one) goes into the next, shard after shard in
-turn. Publishing is synchronous: answers, waiting reads and listeners see the same committed state, before anything else is
-decided.
+Theory. One task, one transaction at a time. Under load everything that arrives during a commit becomes the next
+batch, so throughput grows with load and no queue needs tuning; an idle shard's command waits for nothing. What cannot
+go into this transaction (a full one, a batch with a condition, the later parts of a big one) goes into the next,
+shard after shard in turn. Publishing is synchronous: answers, waiting reads and listeners see the same committed
+state, before anything else is decided.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Cycle:
             for slot in list(self.slots.values()):
                 self.forget(slot, Verdict.LOST)
 
-    # -- slots -----------------------------------------------------------------------------------------------------------
+    # -- slots ---------------------------------------------------------------------------------------------------------
 
     def opened(self, slot: Slot) -> None:
         """A slot was taken and recovered: show it."""
@@ -110,7 +110,7 @@ class Cycle:
         slot.phase = Phase.CLOSED
         slot.fail_all(verdict)
 
-    # -- deciding ----------------------------------------------------------------------------------------------------------
+    # -- deciding ------------------------------------------------------------------------------------------------------
 
     async def _decide_all(self) -> bool:
         """Decide for every open shard that has work; whether anything was done. Yields every slice (J2)."""
@@ -156,7 +156,7 @@ class Cycle:
                 slot.inbox.appendleft(item)
         self._start_rebuild(slot)
 
-    # -- committing --------------------------------------------------------------------------------------------------------
+    # -- committing ----------------------------------------------------------------------------------------------------
 
     def _next_group(self) -> list[Slot]:
         """Closed shards whose next parts go into one transaction, in turn; a condition goes alone (J2, J5)."""
@@ -222,7 +222,7 @@ class Cycle:
             self._answer_reads(slot)
             slot.idle.set()
 
-    # -- publishing --------------------------------------------------------------------------------------------------------
+    # -- publishing ----------------------------------------------------------------------------------------------------
 
     def _publish_outbox(self, slot: Slot) -> None:
         machine = slot.owned.machine
@@ -237,7 +237,7 @@ class Cycle:
                 return
             slot.reads.popleft()
 
-    # -- rebuilding and timers -----------------------------------------------------------------------------------------------
+    # -- rebuilding and timers -----------------------------------------------------------------------------------------
 
     def _start_rebuild(self, slot: Slot) -> None:
         slot.phase = Phase.REBUILDING

@@ -1,9 +1,11 @@
-"""Turning what arrived at one open shard into one decision (PROTOCOL J1, J2, J5, J11). Synchronous: nothing can come between.
+"""Turning what arrived at one open shard into one decision (PROTOCOL J1, J2, J5, J11). Synchronous: nothing can come
+between.
 
-Theory. Commands are handled one after the other on the live machine, each emitting events that are applied at once, and
-serialized as they come, so that a batch ends before it is too large or takes too long. The rest of the inbox waits for the
-next one. Answers are kept until the batch is committed, refusals too: one may rest on what an earlier command of the batch
-did. A machine that raises anything else has a bug and an unknown state: it is thrown away and rebuilt from the log.
+Theory. Commands are handled one after the other on the live machine, each emitting events that are applied at once,
+and serialized as they come, so that a batch ends before it is too large or takes too long. The rest of the inbox
+waits for the next one. Answers are kept until the batch is committed, refusals too: one may rest on what an earlier
+command of the batch did. A machine that raises anything else has a bug and an unknown state: it is thrown away and
+rebuilt from the log.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from control_plane.slots import Answer, Decision, Item, SidePuts, Slot
 from control_plane.store.base import Compare
 
 TICK_PAUSE = 0.05
-"""Seconds before a timer that is due and brought nothing is asked again. Without it a machine whose timer stays due would
-spin the cycle; much larger would delay timers."""
+"""Seconds before a timer that is due and brought nothing is asked again. Without it a machine whose timer stays due
+would spin the cycle; much larger would delay timers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,7 +153,7 @@ class Dispatcher:
                 owned = self._controller.owned().get(shard)
                 if owned is not None and settled:
                     replica, _, stream = messages[-1].stream.partition("\n")
-                    acks = pb.ReportAcks(**codec.header(owned), attempts=[codec.ref(a) for a in settled])  # type: ignore[attr-defined]
+                    acks = pb.ReportAcks(**codec.header(owned), attempts=[codec.ref(a) for a in settled])
                     self._router.to_cluster(replica, cluster, stream, pb.SessionResponse(report_acks=acks))
 
     def _receipt(self, shard: str, link: Link, receipt: pb.DispatchReceipt) -> None:
@@ -181,7 +181,7 @@ class Dispatcher:
         self._links[shard, cluster] = link
         if verdict.adopted:
             adoptions = pb.Adoptions(
-                **codec.header(owned),  # type: ignore[arg-type]
+                **codec.header(owned),
                 generation=message.generation,
                 attempts=[codec.ref(a) for a in verdict.adopted],
             )
@@ -232,7 +232,7 @@ class Dispatcher:
             part = batch[start : start + DISPATCH_BATCH]
             for attempt in part:
                 link.stops_sent[attempt] = now
-            stops = pb.Stops(**codec.header(owned), attempts=[codec.ref(a) for a in part])  # type: ignore[arg-type]
+            stops = pb.Stops(**codec.header(owned), attempts=[codec.ref(a) for a in part])
             self._send(link, pb.SessionResponse(stops=stops), any_stream=True)
 
     async def run(self) -> None:

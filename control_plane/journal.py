@@ -1,17 +1,17 @@
 """Committing batches under the fence of the log, and never guessing what became of one (PROTOCOL J4, J5, J6).
 
-Theory. A transaction carries one part of one batch for each of several shards. It compares, per shard, the owner key's value
-(with the nonce of this taking) and `head` as we left it, and once `incarnation` and the absence of `restored_suspected`.
-Whoever owns a shard is the only one that can write its log, so after an unclear answer one question decides everything:
-what does a read *inside a refused copy of the same transaction* show?
+Theory. A transaction carries one part of one batch for each of several shards. It compares, per shard, the owner
+key's value (with the nonce of this taking) and `head` as we left it, and once `incarnation` and the absence of
+`restored_suspected`. Whoever owns a shard is the only one that can write its log, so after an unclear answer one
+question decides everything: what does a read *inside a refused copy of the same transaction* show?
 
 * `log/seq` has our nonce, or `head` >= seq under our owner key: committed.
 * the owner key is not ours: lost; and if `head` < seq in that same read, surely not applied.
 * neither: it goes again, byte-identical, at the same seq. Absence proves nothing, for an old copy may still land.
 
-A transaction is dead once one of its owner keys has changed, since no taking uses a nonce twice; its other shards then go
-again in a transaction of their own. `incarnation` never comes back either, so a changed one kills a batch as well; whether an
-early copy was applied before a restore cannot be known, so that is UNKNOWN.
+A transaction is dead once one of its owner keys has changed, since no taking uses a nonce twice; its other shards
+then go again in a transaction of their own. `incarnation` never comes back either, so a changed one kills a batch as
+well; whether an early copy was applied before a restore cannot be known, so that is UNKNOWN.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from control_plane.store.base import Compare, Get, KeyValue, Put, Store, StoreEr
 log = logging.getLogger(__name__)
 
 COMMIT_TIMEOUT = 5.0
-"""Seconds for one try: several etcd elections. Too small: healthy slow commits are asked again for nothing; too large: a
-lost answer holds the shards for that long."""
+"""Seconds for one try: several etcd elections. Too small: healthy slow commits are asked again for nothing; too
+large: a lost answer holds the shards for that long."""
 
 FIRST_PAUSE = 0.02
 """Seconds before the second try: a connection may just have been replaced."""
@@ -76,7 +76,8 @@ def owner_value(replica: str, nonce: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One part of a shard's batch, with the fence it is written under. Never changes: a repeat is byte-identical (J6)."""
+    """One part of a shard's batch, with the fence it is written under. Never changes: a repeat is byte-identical
+    (J6)."""
 
     shard: str
     owner: bytes
@@ -258,5 +259,3 @@ def _only_condition_failed(entry: Entry, reading: Reading) -> bool:
 
 def _names(entries: Sequence[Entry]) -> list[str]:
     return [entry.shard for entry in entries]
-
-

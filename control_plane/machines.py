@@ -10,4 +10,4 @@ from control_plane.core.shard import RunShard
 
 def make_machine(shard: str) -> Machine:
     """An empty machine for a shard."""
-    return Fleet() if shard == FLEET else RunShard(shard)
+    return Fleet() if shard == FLEET else RunShard()

@@ -19,8 +19,8 @@ NONCE_BYTES = 8
 restored store impossible in practice (5e-20). More would only cost room here."""
 
 KEPT_NONCES = 10_000
-"""Trimmed seqs whose nonces are kept: 80 KB a manifest, an hour and a half of a shard that commits twice a second. Holders
-that cite older ones are only checked against the head."""
+"""Trimmed seqs whose nonces are kept: 80 KB a manifest, an hour and a half of a shard that commits twice a second.
+Holders that cite older ones are only checked against the head."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,14 @@
 """Which shards this replica owns, and for how long (PROTOCOL O1-O4).
 
 Theory. The owner key decides who owns a shard; everything here is about latency. A replica lives under one lease: its
-registration and all its owner keys vanish with it. Every POLL it reads members and owner keys at one revision and moves one
-step towards what the ring says: gives one shard back that should be elsewhere, takes those that should be here and are free.
+registration and all its owner keys vanish with it. Every POLL it reads members and owner keys at one revision and
+moves one step towards what the ring says: gives one shard back that should be elsewhere, takes those that should be
+here and are free.
 
-The lease is good from the *send* time of the last acknowledged keepalive, less an election time-out and the clocks' rate error
-(O2). Once it was not good, even if nobody looked meanwhile, the replica has *lapsed*: it stops deciding and reading but keeps
-its state, until a keepalive with a TTL and a linearizable read of its owner keys and heads say that nothing happened (O3).
+The lease is good from the *send* time of the last acknowledged keepalive, less an election time-out and the clocks'
+rate error (O2). Once it was not good, even if nobody looked meanwhile, the replica has *lapsed*: it stops deciding
+and reading but keeps its state, until a keepalive with a TTL and a linearizable read of its owner keys and heads say
+that nothing happened (O3).
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ from control_plane.view import MemberInfo
 log = logging.getLogger(__name__)
 
 ELECTION = 1.0
-"""etcd's election time-out, seconds: for so long may a leader that lost its quorum still answer keepalives (measured 1.4 s
-at most, 1.0 s of it after a renewal it could not have replicated). Too small: reads under a lease that is gone (J8)."""
+"""etcd's election time-out, seconds: for so long may a leader that lost its quorum still answer keepalives (measured
+1.4 s at most, 1.0 s of it after a renewal it could not have replicated). Too small: reads under a lease that is gone
+(J8)."""
 
 CLOCK_RATE = 0.083
 """Largest rate error of a clock: chrony's default slew of 83,333 ppm. Too small: the same as above."""
@@ -83,7 +86,8 @@ class Tenure:
     lapsed: bool = field(default=False)
 
     def good(self, now: float) -> bool:
-        """Good now, and was never not good since the last resume. Judged at each look from what the keeper knows (O2)."""
+        """Good now, and was never not good since the last resume. Judged at each look from what the keeper knows
+        (O2)."""
         span = self.lease.ttl * (1 - CLOCK_RATE) - ELECTION
         acked = self.keeper.last_ack_sent
         if acked > self.since:
@@ -100,7 +104,8 @@ class Tenure:
 
 
 class Ownership:
-    """See the module. `make_keeper()` makes a keeper for one lease; `member` is what others shall know of this replica."""
+    """See the module. `make_keeper()` makes a keeper for one lease; `member` is what others shall know of this
+    replica."""
 
     def __init__(
         self,
@@ -152,7 +157,7 @@ class Ownership:
         except StoreError as error:
             log.warning("the lease is left to expire", extra={"error": str(error)})
 
-    # -- one lease -----------------------------------------------------------------------------------------------------------
+    # -- one lease -----------------------------------------------------------------------------------------------------
 
     async def _serve_one_lease(self) -> None:
         """From a new lease to its loss."""
@@ -162,9 +167,7 @@ class Ownership:
         tenure.keeper.start(lease)
         ticking = asyncio.get_running_loop().create_task(self._tick(tenure))
         try:
-            level = await register(
-                self._store, self._clock, self._member, lease, timeout=self._config.register_timeout
-            )
+            level = await register(self._store, self._clock, self._member, lease, timeout=self._config.register_timeout)
             if level is None:
                 log.error("another process is registered under this name", extra={"replica": self._member.replica})
                 return
@@ -226,8 +229,8 @@ class Ownership:
         return self._config.eager_poll
 
     def _drop_lost(self, survey: Survey) -> None:
-        """Let go of shards whose owner key, head or incarnation is not what we left. (One with a decision in flight is left
-        to the journal, which sees the same: J6.)"""
+        """Let go of shards whose owner key, head or incarnation is not what we left. (One with a decision in flight
+        is left to the journal, which sees the same: J6.)"""
         for shard, owned in list(self._controller.owned().items()):
             kv = survey.owners[shard]
             ours = kv is not None and kv.value == owned.owner_value and survey.incarnation == owned.incarnation
@@ -236,7 +239,7 @@ class Ownership:
             if not ours or (head.seq > owned.seq) or (head.seq == owned.seq and head.nonce != owned.nonce):
                 self._controller.drop(shard)
 
-    # -- balance -------------------------------------------------------------------------------------------------------------
+    # -- balance -------------------------------------------------------------------------------------------------------
 
     async def _balance(self, tenure: Tenure, survey: Survey) -> float:
         """One step towards what the ring says. Raises Unavailable."""
@@ -265,10 +268,10 @@ class Ownership:
             await self._controller.release(min(leaving, key=lambda owned: owned.taken_boot).id)
 
     async def _give_back_orphans(self, tenure: Tenure, survey: Survey) -> None:
-        """Owner keys under our own lease that we know nothing of: takings or releases whose answer never came. One under
-        another lease is an earlier process's, or not ours at all: it is left to expire (its nonce is not ours)."""
+        """Owner keys under our own lease that we know nothing of: takings or releases whose answer never came. One
+        under another lease is an earlier process's, or not ours at all: it is left to expire (its nonce is not
+        ours)."""
         for shard, kv in survey.owners.items():
             if kv is not None and kv.lease == tenure.lease.id and not self._controller.holds(shard, kv.value):
                 log.warning("giving back an owner key nobody uses", extra={"shard": shard})
                 await give_back(self._store, self._clock, shard, kv.value, timeout=CLAIM_TIMEOUT)
-

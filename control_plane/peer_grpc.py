@@ -39,6 +39,9 @@ MAX_MESSAGE = 16 << 20
 """Receive limit of peer streams: above any single forwarded request (4 MiB) plus a full batch."""
 
 
+Context = grpc.aio.ServicerContext[AsyncIterator[pb.ExchangeRequest], AsyncIterator[pb.ExchangeResponse]]
+
+
 class GrpcPeers(peer_pb2_grpc.PeerServiceServicer):
     """The adapter: a servicer for what comes in, one link per peer for what goes out."""
 
@@ -48,7 +51,7 @@ class GrpcPeers(peer_pb2_grpc.PeerServiceServicer):
         clock: Clock,
         address_of: Callable[[str], str | None],
         open_channel: Callable[[str], grpc.aio.Channel],
-        peer_allowed: Callable[[grpc.aio.ServicerContext], bool] = lambda _: True,
+        peer_allowed: Callable[[Context], bool] = lambda _: True,
     ) -> None:
         self._replica, self._clock = replica, clock
         self._address_of, self._open_channel, self._peer_allowed = address_of, open_channel, peer_allowed
@@ -132,8 +135,8 @@ class GrpcPeers(peer_pb2_grpc.PeerServiceServicer):
         while await call.read() is not grpc.aio.EOF:
             pass
 
-    async def Exchange(  # type: ignore[override]  # noqa: N802 - the name is the proto's
-        self, request_iterator: AsyncIterator[pb.ExchangeRequest], context: grpc.aio.ServicerContext
+    async def Exchange(  # noqa: N802 - the name is the proto's
+        self, request_iterator: AsyncIterator[pb.ExchangeRequest], context: Context
     ) -> AsyncIterator[pb.ExchangeResponse]:
         """A peer's stream."""
         if not self._peer_allowed(context):

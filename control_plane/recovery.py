@@ -1,9 +1,10 @@
 """Rebuilding a shard's state: snapshot plus log, everything read at one revision (PROTOCOL J1, J9, O4).
 
-Theory. After a taking nobody else can write the shard (J4), but our own snapshot process may trim it while we read; so one
-linearizable read fixes a revision, and manifest, chunks and log are read *at* it. If a compaction overtakes us, we begin
-again. What is found must be whole: seqs without a gap from the snapshot to `head`, the same nonce at the end. A log that
-contradicts itself stops its shard (`Corrupt`), as one that is too new does (`TooNew`, J11): a guess would be a lie.
+Theory. After a taking nobody else can write the shard (J4), but our own snapshot process may trim it while we read;
+so one linearizable read fixes a revision, and manifest, chunks and log are read *at* it. If a compaction overtakes
+us, we begin again. What is found must be whole: seqs without a gap from the snapshot to `head`, the same nonce at the
+end. A log that contradicts itself stops its shard (`Corrupt`), as one that is too new does (`TooNew`, J11): a guess
+would be a lie.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ async def _log(store: Store, shard: str, first: int, last: int, revision: int) -
         limit = min(max(PAGE_BYTES // size, FIRST_PAGE), MAX_PAGE)
 
 
-# -- the content of a snapshot -------------------------------------------------------------------------------------------
+# -- the content of a snapshot -----------------------------------------------------------------------------------------
 
 _LENGTH = struct.Struct(">I")
 

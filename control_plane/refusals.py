@@ -37,5 +37,5 @@ class Corrupt(Exception):
 
 
 class IncompatibleFederation(Exception):
-    """The federation in the store is not one this program may join: another shard count (PROTOCOL O1) or a higher feature
-    level (PROTOCOL J11). The text says what to do."""
+    """The federation in the store is not one this program may join: another shard count (PROTOCOL O1) or a higher
+    feature level (PROTOCOL J11). The text says what to do."""

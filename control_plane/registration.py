@@ -1,9 +1,9 @@
 """Joining a federation: its first start, a replica's registration, and the feature level (PROTOCOL O1, J11).
 
-Theory. What a federation is, is written once, by whoever comes first, in one transaction: `federation` (uid, shard count),
-`incarnation` 1, `feature_level`. A replica registers only if the level is at most its own, and its registration writes the
-level's key again, so that raising the level, which compares that key's mod_revision after reading the members, cannot miss
-a replica that registers meanwhile. Raising is one way.
+Theory. What a federation is, is written once, by whoever comes first, in one transaction: `federation` (uid, shard
+count), `incarnation` 1, `feature_level`. A replica registers only if the level is at most its own, and its
+registration writes the level's key again, so that raising the level, which compares that key's mod_revision after
+reading the members, cannot miss a replica that registers meanwhile. Raising is one way.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ async def join_federation(store: Store, clock: Clock, entropy: Entropy) -> Feder
 
 
 async def register(store: Store, clock: Clock, member: MemberInfo, lease: Lease, *, timeout: float) -> int | None:
-    """Put `member` under `lease` (O1). The federation's feature level; None if another process of that name is registered
-    for longer than `timeout` seconds. Raises IncompatibleFederation, Unavailable."""
+    """Put `member` under `lease` (O1). The federation's feature level; None if another process of that name is
+    registered for longer than `timeout` seconds. Raises IncompatibleFederation, Unavailable."""
     give_up = clock.boot() + timeout
     key = keys.member(member.replica)
     value = json.dumps(asdict(member), separators=(",", ":")).encode()

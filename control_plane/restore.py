@@ -1,10 +1,11 @@
 """Noticing that the store was restored from a backup, and stopping everybody until a person has looked (PROTOCOL J12).
 
-Theory. A restore rewinds seqs, revisions and owner keys alike, so nothing in the store can tell. Memory outside it can: every
-replica and agent keeps, per shard, the highest seq it was told of and the nonce of the batch there (a *mark*). A mark is
-made only after its commit, so a later linearizable read that finds `head` below the seq, or another nonce at it, in the same
-incarnation of the same federation, proves a restore. The finder puts `restored_suspected`, which fails every transaction of
-every replica (J4), until an operator confirms: that raises `incarnation` and deletes the key, in one.
+Theory. A restore rewinds seqs, revisions and owner keys alike, so nothing in the store can tell. Memory outside it
+can: every replica and agent keeps, per shard, the highest seq it was told of and the nonce of the batch there (a
+*mark*). A mark is made only after its commit, so a later linearizable read that finds `head` below the seq, or
+another nonce at it, in the same incarnation of the same federation, proves a restore. The finder puts
+`restored_suspected`, which fails every transaction of every replica (J4), until an operator confirms: that raises
+`incarnation` and deletes the key, in one.
 
 A seq trimmed longer ago than the manifest remembers proves nothing: then only "head below it" is looked at.
 """
@@ -85,9 +86,7 @@ class RestoreDetector:
             return False
         cited = [mark for mark in marks if mark.seq > 0 and mark.shard in ALL_SHARDS]
         shards = sorted({mark.shard for mark in cited})
-        found, _ = await read_keys(
-            self._store, [keys.INCARNATION, *map(keys.head, shards)], timeout=CHECK_TIMEOUT
-        )
+        found, _ = await read_keys(self._store, [keys.INCARNATION, *map(keys.head, shards)], timeout=CHECK_TIMEOUT)
         incarnation = read_incarnation(found[0])
         heads = {shard: Head.parse(kv) for shard, kv in zip(shards, found[1:], strict=True)}
         for mark in cited:
@@ -104,7 +103,8 @@ class RestoreDetector:
         return await self.check_marks(self.marks.of(shards), self.federation_uid)
 
     async def suspect(self, incarnation: int, problem: str) -> None:
-        """Stop every transaction of every replica (J4). A suspicion that is already there stays as it is. Raises Unavailable."""
+        """Stop every transaction of every replica (J4). A suspicion that is already there stays as it is. Raises
+        Unavailable."""
         detail = {"replica": self._replica, "detail": problem, "wall": self._clock.wall()}
         stop = Txn(
             (
@@ -120,9 +120,7 @@ class RestoreDetector:
         """An operator has looked: raise the incarnation and lift the stop, in one transaction. The incarnation that is
         then in force; unchanged if nothing was suspected. Raises Unavailable."""
         while True:
-            found, _ = await read_keys(
-                self._store, [keys.INCARNATION, keys.RESTORED_SUSPECTED], timeout=CHECK_TIMEOUT
-            )
+            found, _ = await read_keys(self._store, [keys.INCARNATION, keys.RESTORED_SUSPECTED], timeout=CHECK_TIMEOUT)
             incarnation = read_incarnation(found[0])
             if found[1] is None:
                 return incarnation

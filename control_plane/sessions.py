@@ -18,9 +18,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from baton.clock import Clock, Entropy
 from baton.internal import peer_pb2 as peer
@@ -391,7 +391,7 @@ class Sessions:
             del self._by_cluster[session.cluster]
 
     @staticmethod
-    def _spawn(session: Session, work: object) -> None:
-        task = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+    def _spawn(session: Session, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         session.tasks.add(task)
         task.add_done_callback(session.tasks.discard)

@@ -1,8 +1,9 @@
-"""One owned shard as the cycle sees it: its handle for others, its inbox, and the decision that is in flight (PROTOCOL J2).
+"""One owned shard as the cycle sees it: its handle for others, its inbox, and the decision that is in flight
+(PROTOCOL J2).
 
-Theory. A shard is *open* while its machine shows committed state and *closed* while a decision of it is in flight, or while
-it is taken or rebuilt. Everything that arrives waits in the inbox; only the cycle looks at it. So no command, read or timer
-ever sees, or builds on, what is not durable.
+Theory. A shard is *open* while its machine shows committed state and *closed* while a decision of it is in flight, or
+while it is taken or rebuilt. Everything that arrives waits in the inbox; only the cycle looks at it. So no command,
+read or timer ever sees, or builds on, what is not durable.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from control_plane.store.base import Compare, Put
 
 @dataclass(slots=True)
 class OwnedShard:
-    """A shard this replica owns, as loops and services may see it. (`seq`, `nonce`) is the mark of its last committed batch
-    (PROTOCOL J12); (`incarnation`, `epoch_revision`) the epoch agents compare. `lost` once it is dropped: let go of it."""
+    """A shard this replica owns, as loops and services may see it. (`seq`, `nonce`) is the mark of its last committed
+    batch (PROTOCOL J12); (`incarnation`, `epoch_revision`) the epoch agents compare. `lost` once it is dropped: let
+    go of it."""
 
     id: str
     machine: Machine

@@ -1,7 +1,7 @@
 """`python -m control_plane.snapshot_helper`: makes snapshots for the replica that started it (PROTOCOL J9).
 
-Reads one job a line on stdin, writes one report a line on stdout, ends when stdin does: so it never outlives its owner for
-longer than a job, whose writes are fenced by the owner key anyway. Logs go to stderr.
+Reads one job a line on stdin, writes one report a line on stdout, ends when stdin does: so it never outlives its
+owner for longer than a job, whose writes are fenced by the owner key anyway. Logs go to stderr.
 """
 
 from __future__ import annotations

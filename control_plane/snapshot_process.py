@@ -1,8 +1,9 @@
 """The snapshot process as its owner sees it: jobs in, reports out, one line of JSON each (PROTOCOL J9).
 
-Theory. A fold takes as long as the state is large, and the owner's loop must not wait for it. So a child process with a store
-connection of its own does the jobs, one at a time. It knows nothing that the store does not; if it hangs or dies it is
-killed by its own handle, started again for the next job, and nothing is lost: the fence of J9 covers whatever it still sends.
+Theory. A fold takes as long as the state is large, and the owner's loop must not wait for it. So a child process with
+a store connection of its own does the jobs, one at a time. It knows nothing that the store does not; if it hangs or
+dies it is killed by its own handle, started again for the next job, and nothing is lost: the fence of J9 covers
+whatever it still sends.
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ from control_plane.snapshots import Job, Report, Superseded
 from control_plane.store.base import StoreError, Unavailable
 
 JOB_SECONDS = 300.0
-"""For one job. Too small: a big shard never gets its snapshot; too large: a hung process delays all other shards' for that
-long, and their logs grow."""
+"""For one job. Too small: a big shard never gets its snapshot; too large: a hung process delays all other shards' for
+that long, and their logs grow."""
 
 STOP_SECONDS = 5.0
 """For the process to end after its input was closed; then it is killed."""
 
-_ERRORS: dict[str, type[Exception]] = {
-    error.__name__: error for error in (Superseded, Unavailable, TooNew, Corrupt)
-}
+_ERRORS: dict[str, type[Exception]] = {error.__name__: error for error in (Superseded, Unavailable, TooNew, Corrupt)}
 
 
 def describe(job: Job) -> bytes:

@@ -1,12 +1,14 @@
 """Snapshots, trims and compaction: keeping the log short without ever looking at live state (PROTOCOL J9, J12).
 
-Theory. A snapshot is the fold at exactly one seq, made from the previous snapshot and the log by somebody who is not the
-owner: normally a process of its own, so that it costs the owner nothing. Its writes are the owner's, though: every chunk,
-the manifest and every trim compare the owner key (the nonce of this taking) and the incarnation, so a helper that outlives
-its owner can do no harm. The manifest is written last and makes the snapshot real; only then the log up to its seq goes.
+Theory. A snapshot is the fold at exactly one seq, made from the previous snapshot and the log by somebody who is not
+the owner: normally a process of its own, so that it costs the owner nothing. Its writes are the owner's, though:
+every chunk, the manifest and every trim compare the owner key (the nonce of this taking) and the incarnation, so a
+helper that outlives its owner can do no harm. The manifest is written last and makes the snapshot real; only then the
+log up to its seq goes.
 
 `write_snapshot` is that job. `Snapshots` decides when it is due and has it done by a `Snapshotter`: a process
-(`HelperProcess`, in control_plane.snapshot_process) or, in the simulator, the same code in place (`InPlaceSnapshotter`).
+(`HelperProcess`, in control_plane.snapshot_process) or, in the simulator, the same code in place
+(`InPlaceSnapshotter`).
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ from control_plane.store_reads import settle_txn
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 512 * 1024
-"""Payload of one chunk: a third of etcd's limit, so that a chunk never delays a commit much; smaller ones cost round trips."""
+"""Payload of one chunk: a third of etcd's limit, so that a chunk never delays a commit much; smaller ones cost round
+trips."""
 
 TRIM_KEYS = 1000
-"""Log entries that one trim deletes at most (a power of ten): etcd does them in one go while everybody waits, about 10 ms."""
+"""Log entries that one trim deletes at most (a power of ten): etcd does them in one go while everybody waits, about
+10 ms."""
 
 WRITE_TIMEOUT = 10.0
 """Seconds for one write of a snapshot. Nobody waits for it; a failed job is done again later."""
@@ -169,8 +173,8 @@ async def _trim(store: Store, writer: _Writer, shard: str, seq: int) -> None:
 
 
 def decimal_blocks(first: int, last: int, most: int) -> Iterator[tuple[int, int]]:
-    """`first` to `last` as blocks (start, zeros) of 10**zeros numbers that share all other digits, so that each block is
-    one prefix of fixed-width keys. `most` numbers in a block at most."""
+    """`first` to `last` as blocks (start, zeros) of 10**zeros numbers that share all other digits, so that each block
+    is one prefix of fixed-width keys. `most` numbers in a block at most."""
     while first <= last:
         zeros = 0
         while 10 ** (zeros + 1) <= most and first % 10 ** (zeros + 1) == 0 and first + 10 ** (zeros + 1) - 1 <= last:
@@ -179,7 +183,7 @@ def decimal_blocks(first: int, last: int, most: int) -> Iterator[tuple[int, int]
         first += 10**zeros
 
 
-# -- when -----------------------------------------------------------------------------------------------------------------
+# -- when --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,9 +255,7 @@ class Snapshots:
             return
         progress, log_bytes = self._progress[owned.id], owned.log_bytes
         try:
-            report = await self._snapshotter.snapshot(
-                Job(owned.id, owned.owner_value.decode(), owned.incarnation)
-            )
+            report = await self._snapshotter.snapshot(Job(owned.id, owned.owner_value.decode(), owned.incarnation))
         except (StoreError, Superseded, TooNew, Corrupt) as error:
             log.warning("a snapshot failed, it is made again later", extra={"shard": owned.id, "error": str(error)})
             progress.since = self._clock.boot()

@@ -1,8 +1,8 @@
 """Small dealings with the store that several loops share: consistent reads, and transactions that can be asked again.
 
-Theory. A transaction that only reads is one linearizable read of many keys at one revision. A transaction whose compares
-cannot hold a second time after it was applied may simply be sent again until there is an answer; the caller finds out from
-the answer's reads whether an earlier copy did it (the spirit of PROTOCOL J6).
+Theory. A transaction that only reads is one linearizable read of many keys at one revision. A transaction whose
+compares cannot hold a second time after it was applied may simply be sent again until there is an answer; the caller
+finds out from the answer's reads whether an earlier copy did it (the spirit of PROTOCOL J6).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from control_plane.refusals import Corrupt
 from control_plane.store.base import Get, KeyValue, Store, StoreError, Txn, TxnResult, Unavailable
 
 RETRY_PAUSE = 0.1
-"""Seconds between two tries: a tenth of an etcd election. Less would hammer a store in trouble; more delays recovery."""
+"""Seconds between two tries: a tenth of an etcd election. Less would hammer a store in trouble; more delays
+recovery."""
 
 
 async def read_keys(store: Store, wanted: Sequence[str], *, timeout: float) -> tuple[Sequence[KeyValue | None], int]:

@@ -27,7 +27,9 @@ class Links:
         self._cut: set[str] = set()
         self._fronts = {replica: Proxy(self._to_replica(replica)) for replica in replicas}
         self._shelves = {replica: Proxy(lambda: self.store) for replica in replicas}
-        self._ways = {(cluster, replica): Proxy(self._to_replica(replica)) for cluster in clusters for replica in replicas}
+        self._ways = {
+            (cluster, replica): Proxy(self._to_replica(replica)) for cluster in clusters for replica in replicas
+        }
 
     async def start(self, ports: Mapping[str, int]) -> None:
         """Listen. `ports`: where the fronts listened the last time, kept if they are free. Raises OSError."""

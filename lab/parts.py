@@ -278,7 +278,7 @@ class Cluster:
             return
         self._layout.boot_id(self.name).write_text(self._entropy.token(16) + "\n")
         self._frozen, self._news, self._obeyed, self._ordered = False, b"", 0, 0
-        machine = [processes.sys.executable, "-S", "-m", "lab.machine", *self._command()]
+        machine = processes.bare_python("lab.machine", *self._command())
         self._machine = processes.spawn(machine, self._layout.log(self.name), piped=True)
         self._listen(self._machine)
         try:

@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,11 @@ def python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
 
 
+def bare_python(module: str, *arguments: str) -> list[str]:
+    """As `python`, without what is installed: for a module that needs only the standard library, and starts at once."""
+    return [sys.executable, "-S", "-m", module, *arguments]
+
+
 def spawn(command: Sequence[str], log: Path, *, piped: bool = False) -> subprocess.Popen[bytes]:
     """Start a child that writes to `log` and dies with us. `piped`: its stdin and stdout are ours, unbuffered."""
     parent = os.getpid()
@@ -81,20 +86,6 @@ def spawn(command: Sequence[str], log: Path, *, piped: bool = False) -> subproce
             start_new_session=True,
             preexec_fn=None if piped else lambda: _die_with(parent),  # noqa: PLW1509 - two system calls, no lock
         )
-
-
-def on_end(process: subprocess.Popen[bytes], tell: Callable[[], None]) -> None:
-    """Call `tell` once, from the running loop, when the child has ended and was reaped."""
-    loop = asyncio.get_running_loop()
-    fd = os.pidfd_open(process.pid)
-
-    def ended() -> None:
-        loop.remove_reader(fd)
-        os.close(fd)
-        process.wait()
-        tell()
-
-    loop.add_reader(fd, ended)
 
 
 async def gone(process: subprocess.Popen[bytes], seconds: float = END_SECONDS) -> bool:

@@ -134,7 +134,10 @@ class Proxy:
         async with asyncio.timeout(CONNECT_SECONDS):
             far_reader, far_writer = await asyncio.open_connection(*target)
         writers.append(far_writer)
-        pumps = [asyncio.create_task(self._pump(reader, far_writer)), asyncio.create_task(self._pump(far_reader, writer))]
+        pumps = [
+            asyncio.create_task(self._pump(reader, far_writer)),
+            asyncio.create_task(self._pump(far_reader, writer)),
+        ]
         try:
             await asyncio.gather(*pumps)
         finally:

@@ -1,9 +1,9 @@
 """Virtual time: an asyncio loop that never waits, clocks that drift, and chance from a seed.
 
-Theory. A loop has nothing to do exactly when no callback is ready; then the next thing that can happen is its next timer, and
-instead of sleeping until there it *is* there. So a simulated hour costs what its callbacks cost, and one seed always gives
-the same run: time comes from timers, chance from the seed, and (if asked for) the order of ready callbacks from the seed too,
-which finds code that only works because tasks happen to run in turn.
+Theory. A loop has nothing to do exactly when no callback is ready; then the next thing that can happen is its next
+timer, and instead of sleeping until there it *is* there. So a simulated hour costs what its callbacks cost, and one
+seed always gives the same run: time comes from timers, chance from the seed, and (if asked for) the order of ready
+callbacks from the seed too, which finds code that only works because tasks happen to run in turn.
 
 If there is no timer either, nothing will ever happen again: that is a deadlock, said as such instead of hanging.
 """
@@ -16,7 +16,6 @@ import selectors
 from collections import deque
 from collections.abc import Coroutine
 from typing import Any, TypeVar
-
 
 T = TypeVar("T")
 
@@ -82,8 +81,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class VirtualClock:
-    """A node's `baton.clock.Clock` on the running VirtualLoop. Its clocks start at `boot_offset` and EPOCH + `wall_offset`
-    and run `rate` times as fast as true time. The wall clock may be stepped, the rate changed; boot never steps back."""
+    """A node's `baton.clock.Clock` on the running VirtualLoop. Its clocks start at `boot_offset` and EPOCH +
+    `wall_offset` and run `rate` times as fast as true time. The wall clock may be stepped, the rate changed; boot
+    never steps back."""
 
     def __init__(self, *, boot_offset: float = 1000.0, wall_offset: float = 0.0, rate: float = 1.0) -> None:
         self._rate = rate
@@ -134,7 +134,8 @@ class SeededEntropy:
 
 
 def run(main: Coroutine[Any, Any, T], seed: int = 0, *, shuffle: bool = False) -> T:
-    """Run `main` to its end in virtual time, cancel what it left behind, return its result. Raises Deadlock, Spinning."""
+    """Run `main` to its end in virtual time, cancel what it left behind, return its result. Raises Deadlock,
+    Spinning."""
     loop = VirtualLoop(random.Random(seed) if shuffle else None)
     try:
         asyncio.set_event_loop(loop)
@@ -158,5 +159,3 @@ def _cancel_leftovers(loop: asyncio.AbstractEventLoop) -> None:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-

@@ -1,9 +1,9 @@
 """Who should own what: weighted rendezvous hashing (PROTOCOL O1). Pure and deterministic across processes.
 
-Theory. Every member gets a score for every shard from a hash of both; the highest wins. A member that leaves gives up only
-its own shards, and one that joins takes only what it now wins, about its share: nothing else moves. With scores of
-`-weight / ln(h)`, h uniform in (0, 1), a member wins in proportion to its weight. Replicas that disagree about the members
-only lose time: the owner key decides, not this (O1).
+Theory. Every member gets a score for every shard from a hash of both; the highest wins. A member that leaves gives up
+only its own shards, and one that joins takes only what it now wins, about its share: nothing else moves. With scores
+of `-weight / ln(h)`, h uniform in (0, 1), a member wins in proportion to its weight. Replicas that disagree about the
+members only lose time: the owner key decides, not this (O1).
 """
 
 from __future__ import annotations

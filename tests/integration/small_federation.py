@@ -4,6 +4,7 @@ It keeps the promises of the API that a client relies on (request ids, paging, n
 nothing of how the real one keeps them. Tests use it where they must choose the very moment at which an answer is lost.
 """
 
+# ruff: noqa: N802 - the methods' names are the protocol's
 from __future__ import annotations
 
 import asyncio
@@ -44,7 +45,12 @@ class State:
         self.by_request: dict[str, str] = {}
         self.requests: list[Any] = []
         self.clusters = {
-            name: cluster_pb2.Cluster(name=f"clusters/{name}", health=1, admission=1) for name in ("eu", "us")
+            name: cluster_pb2.Cluster(
+                name=f"clusters/{name}",
+                health=cluster_pb2.CLUSTER_HEALTH_READY,
+                admission=cluster_pb2.CLUSTER_ADMISSION_OPEN,
+            )
+            for name in ("eu", "us")
         }
         self.changed = asyncio.Condition()
         self.backup = b"snapshot"
@@ -159,9 +165,17 @@ class Replica(
             await self._server.stop(0)
             self._server = None
 
+    async def called(self, method: str, times: int = 1) -> None:
+        """Waits until a method was called so often."""
+        async with self.state.changed:
+            await self.state.changed.wait_for(lambda: self.calls.count(method) >= times)
+
     async def _answer(self, method: str, context: Any, effect: Callable[[], Any]) -> Any:
         self.calls.append(method)
+        async with self.state.changed:
+            self.state.changed.notify_all()
         fault = self.faults[method].pop(0) if self.faults.get(method) else Fault()
+        answer = None
         try:
             if fault.error and not fault.after:
                 raise fault.error
@@ -261,7 +275,8 @@ class Replica(
                 yield run_pb2.WatchRunResponse(run=record.run)
                 return
             async with self.state.changed:
-                await self.state.changed.wait_for(lambda: len(record.events) > at)
+                while len(record.events) <= at:
+                    await self.state.changed.wait()
 
     async def FollowLogs(self, request: Any, context: Any) -> AsyncIterator[Any]:
         await self._answer("FollowLogs", context, lambda: None)
@@ -271,7 +286,7 @@ class Replica(
         while at < len(log):
             yield run_pb2.FollowLogsResponse(offset=at, data=log[at : at + 7], attempt=request.attempt or 2)
             at += 7
-            if self.cut_watch_after:
+            if self.cut_watch_after and at < len(log):
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
 
     # --- clusters and operators

@@ -204,8 +204,8 @@ async def test_a_quiet_run_is_watched_on(world: World, client: AsyncClient, monk
     monkeypatch.setattr(client_streams, "SILENCE_SECONDS", 0.1)
     run = await client.create_run(graph(2), deadline=soon(), labels={"outcome": "HANG"})
     watching = asyncio.create_task(collect(client, run.name))
-    while world.calls("WatchRun") < 4:
-        await asyncio.sleep(0.02)
+    async with asyncio.timeout(30):
+        await asyncio.gather(*(each.called("WatchRun", 2) for each in world.replicas))
     await world.state.play(run.name, "SUCCEEDED")
     assert (await asyncio.wait_for(watching, 30))[0] == list(range(1, 7))
 

@@ -1,4 +1,5 @@
-"""What the tests of journal, controller, ownership, snapshots and restore share: a tiny machine, and replicas in virtual time."""
+"""What the tests of journal, controller, ownership, snapshots and restore share: a tiny machine, and replicas in
+virtual time."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from control_plane.core.commands import Outbox, Refused
 from control_plane.journal import Head
 from control_plane.refusals import ConditionFailed, NotOwned, OutcomeUnknown, StoreDown
 from control_plane.store import keys
-from control_plane.store.base import Compare, Put, Txn
+from control_plane.store.base import Compare, Delete, Put, Txn
 from control_plane.store.memory import CallFault, MemoryEtcd, Outcome
 from tests.unit.journal_world import LOST_REPLY, LOST_REQUEST, Ledger, Replica, add, names, story, until
 
@@ -293,9 +293,7 @@ async def test_j5_a_condition_that_failed_leaves_the_state_as_it_was(server: Mem
     assert await a.controller.read("00", names, timeout=5.0) == ["x"]
     assert a.ear.heard == [("taken", "00"), ("committed", "00")], "nobody needs to know"
     true = Compare.unchanged(keys.FEDERATION, server.keyspace.live[keys.FEDERATION].mod_revision)
-    first, second, third = await asyncio.gather(
-        a.ask("00", "z"), a.ask("00", "w", condition=true), a.ask("00", "v")
-    )
+    first, second, third = await asyncio.gather(a.ask("00", "z"), a.ask("00", "w", condition=true), a.ask("00", "v"))
     assert {first, second, third} == {2, 3, 4}
     assert sorted(map(tuple, log_of(server, "00"))) in (
         [("v",), ("w",), ("x",), ("z",)],
@@ -365,7 +363,7 @@ async def test_a_log_with_a_hole_stops_its_shard(server: MemoryEtcd) -> None:
         await a.ask("00", name)
     await a.crash()
     await a.lose_lease()
-    del server.keyspace.live[keys.log("00", 2)]
+    server.txn(Txn((), (Delete(keys.log("00", 2)),)))
     b = await Replica(server, "b").start()
     assert not await b.controller.take("00")
     assert "follows seq 1" in b.controller.stopped["00"]

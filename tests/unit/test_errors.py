@@ -12,7 +12,9 @@ from baton import errors
 from baton.v1 import errors_pb2
 
 REASONS = [
-    name.removeprefix("ERROR_REASON_") for name in errors_pb2.ErrorReason.keys() if not name.endswith("UNSPECIFIED")
+    name.removeprefix("ERROR_REASON_")
+    for name in list(errors_pb2.ErrorReason.keys())
+    if not name.endswith("UNSPECIFIED")
 ]
 
 

@@ -162,7 +162,7 @@ FRAMES = [
     ("a: 'x\n", 2, "quotes"),
     ("x: *nowhere\n", 1, "alias"),
     ("a: \x00\n", 1, "character"),
-    ("[" * 100_000, 1, "deep"),
+    ("[" * 5_000, 1, "deep"),
     ("%YAML 9.9\n---\na: 1\n", 1, "version"),
 ]
 
@@ -227,9 +227,10 @@ def test_aliases_are_told_at_the_line_that_uses_them() -> None:
 def test_any_text_is_a_graph_or_a_problem(text: str) -> None:
     for whole in (text, tasks(f"- {text}")):
         try:
-            graphfile.loads(whole)
+            told = len(graphfile.loads(whole).spec.tasks)
         except graphfile.GraphFileError as error:
-            assert error.problems
+            told = len(error.problems)
+        assert told > 0
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

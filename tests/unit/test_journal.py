@@ -8,7 +8,17 @@ from dataclasses import replace
 import pytest
 
 from control_plane.batches import seal
-from control_plane.journal import COMMIT_TIMEOUT, Entry, Head, Journal, Reading, Verdict, judge, owner_value, transaction
+from control_plane.journal import (
+    COMMIT_TIMEOUT,
+    Entry,
+    Head,
+    Journal,
+    Reading,
+    Verdict,
+    judge,
+    owner_value,
+    transaction,
+)
 from control_plane.store import keys
 from control_plane.store.base import MAX_TXN_OPS, Compare, Delete, Put, Txn
 from control_plane.store.memory import CallFault, MemoryEtcd, MemoryStore, Outcome

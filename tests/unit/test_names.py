@@ -27,9 +27,11 @@ def test_names_read_back(namespace: str, run: str, task: str) -> None:
 def test_any_text_is_a_name_or_is_refused(text: str) -> None:
     for parse in (names.parse_run, names.parse_graph, names.parse_task, names.parse_cluster, names.short_cluster):
         try:
-            assert str(parse(text)).endswith(text)
+            told = str(parse(text))
         except names.InvalidName as error:
-            assert str(error)
+            told = f"{error}{text}"
+        assert told.endswith(text)
+        assert len(told) > len(text)
 
 
 @pytest.mark.parametrize(

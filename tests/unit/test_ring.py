@@ -50,7 +50,8 @@ def test_nobody_can_own_without_members_or_weight() -> None:
 
 
 def test_o1_the_same_in_every_process(checkout: Path) -> None:
-    script = "from control_plane.core.ring import owners; print(sorted(owners(map(str, range(50)), dict(a=1, b=1)).items()))"
+    question = "owners(map(str, range(50)), {'a': 1, 'b': 1})"
+    script = f"from control_plane.core.ring import owners; print(sorted({question}.items()))"
     answers = {
         subprocess.run(
             [sys.executable, "-c", script],

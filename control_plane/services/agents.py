@@ -1,0 +1,136 @@
+"""AgentService: agents' streams over gRPC, as `sessions.AgentStream` (PROTOCOL S1).
+
+The identity of an agent is its certificate's (`identity`); Hello must name the same cluster. What goes down waits in a bounded
+queue: an agent that does not read is cut off (`send` says so), for its session lives in the store and it may dial again. A
+refusal is the last message of a stream: it is sent, then the stream ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+import grpc.aio
+
+from baton.clock import Entropy
+from baton.errors import Denied
+from baton.v1 import agent_pb2 as pb
+from control_plane.services.edge import abort
+from control_plane.services.failures import explain
+from control_plane.services.identity import Identity, Role
+from control_plane.services.methods import decode
+from control_plane.sessions import Sessions, StreamClosed
+
+log = logging.getLogger(__name__)
+
+QUEUE = 5_000
+"""Messages waiting for one agent. Batches of 500 attempts each, so this is far more than any agent can hold; too small would cut
+off agents that pause, too large would let a dead link hold memory."""
+
+QUEUE_BYTES = 64 << 20
+"""Bytes waiting for one agent, for the same reasons."""
+
+SERVICE, SESSION = "baton.v1.AgentService", "Session"
+
+
+class GrpcAgentStream:
+    """One agent's stream. `requests` are raw messages."""
+
+    def __init__(self, requests: AsyncIterator[bytes], peer_cluster: str | None) -> None:
+        self.peer_cluster = peer_cluster
+        self.broken: BaseException | None = None
+        """Why the agent's side cannot be read, if it is the agent's fault."""
+        self._requests = requests
+        self._waiting: deque[bytes] = deque()
+        self._bytes = 0
+        self._changed = asyncio.Event()
+        self._ended = False
+
+    async def receive(self) -> pb.SessionRequest:
+        """See `sessions.AgentStream`."""
+        if self._ended:
+            raise StreamClosed
+        try:
+            message: pb.SessionRequest = decode(pb.SessionRequest, await anext(self._requests))
+        except StopAsyncIteration:
+            raise StreamClosed from None
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            self.broken = error
+            raise StreamClosed from error
+        if self._ended:
+            raise StreamClosed
+        return message
+
+    def send(self, message: pb.SessionResponse) -> bool:
+        """See `sessions.AgentStream`."""
+        if self._ended:
+            return False
+        payload = message.SerializeToString()
+        if len(self._waiting) >= QUEUE or self._bytes + len(payload) > QUEUE_BYTES:
+            self.end()
+            return False
+        self._waiting.append(payload)
+        self._bytes += len(payload)
+        if message.HasField("refusal"):
+            self._ended = True
+        self._changed.set()
+        return True
+
+    def end(self) -> None:
+        """Nothing more goes down."""
+        self._ended = True
+        self._changed.set()
+
+    async def outgoing(self) -> AsyncIterator[bytes]:
+        """What goes down, in order, to the end."""
+        while True:
+            while self._waiting:
+                payload = self._waiting.popleft()
+                self._bytes -= len(payload)
+                yield payload
+            if self._ended:
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+
+class Agents:
+    """The service."""
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        entropy: Entropy,
+        identify: Callable[[grpc.aio.ServicerContext[bytes, bytes]], Identity],
+    ) -> None:
+        self._sessions, self._entropy, self._identify = sessions, entropy, identify
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What a gRPC server is given. Raw bytes, for the reasons of `edge`."""
+        method = grpc.stream_stream_rpc_method_handler(self._session)  # type: ignore[arg-type]  # grpc.aio's form
+        return grpc.method_handlers_generic_handler(SERVICE, {SESSION: method})
+
+    async def _session(
+        self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> AsyncIterator[bytes]:
+        identity = self._identify(context)
+        if not identity.may_be_agent:
+            log.warning("agent stream denied", extra={"principal": identity.principal})
+            await abort(context, Denied(f"{identity.principal} may not open an agent's session"))
+        stream = GrpcAgentStream(requests, identity.name if identity.role is Role.AGENT else None)
+        serving = asyncio.get_running_loop().create_task(self._sessions.serve(stream))
+        serving.add_done_callback(lambda _: stream.end())
+        try:
+            async for payload in stream.outgoing():
+                yield payload
+        finally:
+            serving.cancel()
+            await asyncio.wait({serving})
+        fault = stream.broken or (None if serving.cancelled() else serving.exception())
+        if fault is not None:
+            await abort(context, explain(fault, lambda: self._entropy.token(6)))

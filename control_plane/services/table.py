@@ -1,0 +1,128 @@
+"""The one table of public methods (see `methods`), and the internal calls beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from google.protobuf.message import Message
+
+from baton import names
+from baton.v1 import admin_pb2, cluster_pb2, graph_pb2, run_pb2
+from control_plane.peers import Calls
+from control_plane.services import admin, clusters, graphs, logs, runs, watch
+from control_plane.services.admin import Admin, Snapshot
+from control_plane.services.clusters import Clusters
+from control_plane.services.create import Creation
+from control_plane.services.desk import Desk, shard_of_run
+from control_plane.services.graphs import Graphs
+from control_plane.services.logs import Logs
+from control_plane.services.methods import Kind, Method
+from control_plane.services.runs import Runs
+from control_plane.services.watch import Bells, Watches
+
+
+class Services:
+    """All services of one replica. `methods` is the table; `bells` listens to the controller; `logs` takes chunks."""
+
+    def __init__(
+        self, desk: Desk, *, confirm_restored: Callable[[], Awaitable[int]], snapshot: Snapshot | None
+    ) -> None:
+        self.bells = Bells()
+        self.logs = Logs(desk)
+        self._runs = Runs(desk)
+        self._creation = Creation(desk)
+        self._admin = Admin(desk, confirm_restored, snapshot)
+        self.methods: Sequence[Method] = (
+            *self._run_methods(Watches(desk, self.bells)),
+            *_graph_methods(Graphs(desk)),
+            *_cluster_methods(Clusters(desk)),
+            *self._admin_methods(),
+        )
+
+    def serve_peers(self, calls: Calls) -> None:
+        """Register the internal calls."""
+        for service in (self._runs, self._creation, self._admin, self.logs):
+            service.serve_peers(calls)
+
+    def _run_methods(self, watches: Watches) -> Sequence[Method]:
+        def of_name(request: Any) -> str:
+            return shard_of_run(names.parse_run(request.name))
+
+        def of_task(request: Any) -> str:
+            return shard_of_run(names.parse_task(request.name).parent)
+
+        def of_run(request: Any) -> str:
+            return shard_of_run(names.parse_run(request.run))
+
+        creation, reads = self._creation, self._runs
+        return (
+            _method("RunService", "CreateRun", run_pb2, creation.create_run),
+            _method("RunService", "CreateRunInPieces", run_pb2, creation.create_run_in_pieces, kind=Kind.STREAM_IN),
+            _method("RunService", "GetRun", run_pb2, reads.get_run, route=of_name, validate=runs.check_name),
+            _method("RunService", "ListRuns", run_pb2, reads.list_runs, validate=runs.check_list_runs),
+            _method("RunService", "CancelRun", run_pb2, reads.cancel_run, route=of_name, validate=runs.check_cancel),
+            _method("RunService", "ListTasks", run_pb2, reads.list_tasks, route=of_run, validate=runs.check_list_tasks),
+            _method("RunService", "GetTask", run_pb2, reads.get_task, route=of_task, validate=runs.check_task),
+            _method(
+                "RunService",
+                "WatchRun",
+                run_pb2,
+                watches.watch_run,
+                route=of_name,
+                validate=watch.check_watch,
+                kind=Kind.STREAM_OUT,
+                resume=watch.go_on,
+            ),
+            _method(
+                "RunService",
+                "FollowLogs",
+                run_pb2,
+                self.logs.follow_logs,
+                validate=logs.check_logs,
+                kind=Kind.STREAM_OUT,
+            ),
+        )
+
+    def _admin_methods(self) -> Sequence[Method]:
+        of = self._admin
+        put = admin.shard_of_namespace
+        return (
+            _method("AdminService", "ListReplicas", admin_pb2, of.list_replicas),
+            _method("AdminService", "ListShards", admin_pb2, of.list_shards),
+            _method("AdminService", "PutNamespace", admin_pb2, of.put_namespace, route=put, validate=admin.check_put),
+            _method("AdminService", "ListNamespaces", admin_pb2, of.list_namespaces),
+            _method("AdminService", "Backup", admin_pb2, of.backup, kind=Kind.STREAM_OUT),
+            _method("AdminService", "ConfirmRestored", admin_pb2, of.confirm_restored, validate=admin.check_confirm),
+        )
+
+
+def _graph_methods(of: Graphs) -> Sequence[Method]:
+    by_request, by_name = graphs.shard_of_request, graphs.shard_of_name
+    return (
+        _method("GraphService", "PutGraph", graph_pb2, of.put_graph, route=by_request, validate=graphs.check_put),
+        _method("GraphService", "GetGraph", graph_pb2, of.get_graph, route=by_name, validate=graphs.check_get),
+        _method("GraphService", "ListGraphs", graph_pb2, of.list_graphs, route=by_request, validate=graphs.check_list),
+    )
+
+
+def _cluster_methods(of: Clusters) -> Sequence[Method]:
+    change = clusters.check_change
+
+    def method(name: str, handler: Any, validate: Any) -> Method:
+        return _method("ClusterService", name, cluster_pb2, handler, route=clusters.at_fleet, validate=validate)
+
+    return (
+        method("ListClusters", of.list_clusters, clusters.check_list),
+        method("GetCluster", of.get_cluster, clusters.check_get),
+        method("CordonCluster", of.cordon_cluster, change),
+        method("UncordonCluster", of.uncordon_cluster, change),
+        method("DrainCluster", of.drain_cluster, change),
+    )
+
+
+def _method(service: str, name: str, module: Any, handler: Any, **how: Any) -> Method:
+    """A method by the naming rule of our protos: NameRequest, NameResponse."""
+    request: type[Message] = getattr(module, f"{name}Request")
+    response: type[Message] = getattr(module, f"{name}Response")
+    return Method(f"/baton.v1.{service}/{name}", request, response, handler, **how)
