@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from baton.clock import Clock
 from baton.v1 import run_pb2
@@ -158,6 +159,4 @@ class Archiver:
 
 
 def _machine(shard: OwnedShard) -> RunShard:
-    machine = shard.machine
-    assert isinstance(machine, RunShard)
-    return machine
+    return cast(RunShard, shard.machine)

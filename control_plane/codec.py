@@ -195,7 +195,7 @@ class _Kind:
 
 def _kind(event: type) -> _Kind:
     member = re.sub(r"(?<!^)(?=[A-Z])", "_", event.__name__).lower()
-    stored = set(pb.Event.DESCRIPTOR.fields_by_name[member].message_type.fields_by_name)
+    stored = set(getattr(pb.Event(), member).DESCRIPTOR.fields_by_name)
     hints = typing.get_type_hints(event)
     if stored != set(hints):
         raise TypeError(f"{event.__name__} and its stored form differ in {sorted(stored ^ set(hints))}")

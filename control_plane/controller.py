@@ -41,6 +41,10 @@ T = TypeVar("T")
 CLAIM_TIMEOUT = 5.0
 """Seconds for taking or giving back an owner key: several etcd elections."""
 
+FLUSH_TIMEOUT = 10.0
+"""Seconds for a decision in flight when a shard is released; then its callers are told UNKNOWN. Too small: a
+hand-over in a slow moment costs certainty; too large: a replica cannot leave while the store is down."""
+
 
 def no_side_puts(shard: OwnedShard, events: Sequence[Event]) -> Sequence[Put]:
     """For shards whose batches carry nothing else."""
@@ -233,8 +237,12 @@ class Controller:
 
     async def _flush(self, slot: Slot) -> None:
         slot.releasing = True
-        await slot.idle.wait()
-        self._cycle.forget(slot, None)
+        try:
+            async with asyncio.timeout(FLUSH_TIMEOUT):
+                await slot.idle.wait()
+        except TimeoutError:
+            log.warning("a shard is let go with a decision in flight", extra={"shard": slot.shard})
+        self._cycle.forget(slot, Verdict.LOST)
 
     async def _fill(self, slot: Slot) -> bool:
         """Recover the state of a slot and check it against our own memory (J12). False if the shard must stop or is
@@ -271,4 +279,4 @@ def _fit(owned: OwnedShard, found: Recovered) -> None:
     owned.machine.outbox = Outbox()  # after a takeover effects come from state (J7)
     owned.seq, owned.nonce = found.head.seq, found.head.nonce
     owned.incarnation = found.incarnation
-    owned.log_bytes += found.log_bytes
+    owned.log_bytes = max(owned.log_bytes, found.log_bytes)  # a rebuild finds what was counted already

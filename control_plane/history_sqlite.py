@@ -134,7 +134,9 @@ class SqliteHistory:
 
         def write() -> int:
             with self._writes:
-                query = "SELECT incarnation, uid FROM runs WHERE namespace = ? AND finished < ? ORDER BY finished LIMIT ?"
+                query = (
+                    "SELECT incarnation, uid FROM runs WHERE namespace = ? AND finished < ? ORDER BY finished LIMIT ?"
+                )
                 old = self._writes.execute(query, (namespace, before, limit)).fetchall()
                 self._writes.executemany("DELETE FROM pieces WHERE incarnation = ? AND uid = ?", old)
                 self._writes.executemany("DELETE FROM runs WHERE incarnation = ? AND uid = ?", old)

@@ -12,11 +12,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from control_plane.core.model import AttemptId, Group
 from control_plane.core.shard import RunShard
 from control_plane.core.views import DemandLine
 from control_plane.view import View
+
+if TYPE_CHECKING:
+    from control_plane.controller import OwnedShard
 
 PendingSource = Callable[[str], Iterable[tuple[str, int, list[AttemptId]]]]
 """Of a shard: (cluster, generation, attempts) that were placed and are in no capacity report yet: `Dispatcher.pending`."""
@@ -34,16 +38,19 @@ class Use:
 
 
 class Holdings:
-    """The uses of one owned shard."""
+    """The uses of one owned shard. Keeps the handle, not the machine: that is rebuilt after a discarded batch (J5)."""
 
-    def __init__(self, shard: str, machine: RunShard, view: View, pending: PendingSource) -> None:
+    def __init__(self, shard: OwnedShard, view: View, pending: PendingSource) -> None:
         self._shard = shard
-        self._machine = machine
         self._view = view
         self._pending = pending
         self._groups: dict[str, Group] = {}
         self._bases: dict[str, tuple[int, Counter[str]]] = {}
         self.reported()
+
+    @property
+    def _machine(self) -> RunShard:
+        return cast(RunShard, self._shard.machine)
 
     def demand(self, wall: float) -> list[DemandLine]:
         """Ready tasks by group, slack as of `wall`; their groups are remembered."""
@@ -62,7 +69,7 @@ class Holdings:
         if not fresh:
             return
         unreported: dict[str, Counter[str]] = {}
-        for cluster, _, attempts in self._pending(self._shard):
+        for cluster, _, attempts in self._pending(self._shard.id):
             unreported.setdefault(cluster, Counter()).update(self._keys(attempts))
         for uid in fresh:
             base = self._held(uid)

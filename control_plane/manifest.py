@@ -30,7 +30,8 @@ class Manifest:
     seq: int
     nonce: str
     chunks: int
-    bytes: int
+    size: int
+    """Bytes of all chunks."""
     digest: bytes
     incarnation: int
     first_kept: int
@@ -54,7 +55,7 @@ class Manifest:
             seq=self.seq,
             nonce=self.nonce,
             chunks=self.chunks,
-            bytes=self.bytes,
+            bytes=self.size,
             digest=self.digest,
             feature_level=FEATURE_LEVEL,
             incarnation=self.incarnation,
@@ -76,7 +77,7 @@ class Manifest:
             seq=message.seq,
             nonce=message.nonce,
             chunks=message.chunks,
-            bytes=message.bytes,
+            size=message.bytes,
             digest=message.digest,
             incarnation=message.incarnation,
             first_kept=message.first_kept,

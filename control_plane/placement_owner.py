@@ -15,14 +15,13 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from baton.clock import Clock
 from baton.internal import peer_pb2 as pb
 from control_plane.bell import Bell
 from control_plane.core.commands import DropGrants, Refused, TakeGrants
 from control_plane.core.model import FLEET
-from control_plane.core.shard import RunShard
 from control_plane.demand_wire import decode_grants, encode_group
 from control_plane.holdings import Holdings, PendingSource
 from control_plane.refusals import NotOwned, OutcomeUnknown, StoreDown
@@ -95,7 +94,7 @@ class DemandSide:
         """A new owner says at once what it wants."""
         if shard.id != FLEET:
             self.dropped(shard.id)
-            holdings = Holdings(shard.id, cast(RunShard, shard.machine), self._view, self._pending)
+            holdings = Holdings(shard, self._view, self._pending)
             self._lines[shard.id] = _Line(shard, holdings)
             self._bell.ring()
 

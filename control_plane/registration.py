@@ -34,18 +34,18 @@ class Federation:
 
 async def join_federation(store: Store, clock: Clock, entropy: Entropy) -> Federation:
     """The federation in the store, made now if there is none. Raises IncompatibleFederation, Corrupt, Unavailable."""
-    mine = {"uid": entropy.token(16), "shards": len(RUN_SHARDS)}
+    mine = Federation(entropy.token(16), len(RUN_SHARDS))
     create = Txn(
         (Compare.absent(keys.FEDERATION), Compare.absent(keys.INCARNATION), Compare.absent(keys.FEATURE_LEVEL)),
         (
-            Put(keys.FEDERATION, json.dumps(mine).encode()),
+            Put(keys.FEDERATION, json.dumps(asdict(mine)).encode()),
             Put(keys.INCARNATION, b"1"),
             Put(keys.FEATURE_LEVEL, str(FEATURE_LEVEL).encode()),
         ),
         (Get(keys.FEDERATION),),
     )
     result = await settle_txn(store, clock, create, timeout=TIMEOUT)
-    federation = Federation(**mine) if result.succeeded else _parse(result.reads[0])
+    federation = mine if result.succeeded else _parse(result.reads[0])
     if federation.shards != len(RUN_SHARDS):
         raise IncompatibleFederation(
             f"the store holds a federation of {federation.shards} shards; this program serves {len(RUN_SHARDS)}. "

@@ -16,7 +16,7 @@ from dataclasses import asdict
 
 from control_plane.refusals import Corrupt, TooNew
 from control_plane.snapshots import Job, Report, Superseded
-from control_plane.store.base import StoreError, Unavailable
+from control_plane.store.base import Unavailable
 
 JOB_SECONDS = 300.0
 """For one job. Too small: a big shard never gets its snapshot; too large: a hung process delays all other shards' for
@@ -47,13 +47,13 @@ def answer(outcome: Report | Exception) -> bytes:
 
 
 def parse_answer(line: bytes) -> Report:
-    """The report of a line. Raises what the process met, Unavailable if it died."""
+    """The report of a line. Raises what the process met, Unavailable if it was cut short."""
     try:
         value = json.loads(line)
         if "error" not in value:
             return Report(**value)
     except (ValueError, TypeError) as error:
-        raise Unavailable("the snapshot process died") from error
+        raise Unavailable("the snapshot process was cut short") from error
     raise _ERRORS.get(value["error"], Unavailable)(value["text"])
 
 
@@ -72,10 +72,9 @@ class HelperProcess:
         except TimeoutError:
             await self.close()
             raise Unavailable(f"a snapshot took longer than {JOB_SECONDS} s") from None
-        except (OSError, StoreError):
-            if self._process is not None and self._process.returncode is not None:
-                self._process = None
-            raise
+        except OSError as error:
+            await self.close()
+            raise Unavailable(f"the snapshot process died: {error}") from error
 
     async def close(self) -> None:
         """End the process; kill it if it does not end by itself."""
@@ -98,9 +97,9 @@ class HelperProcess:
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:
             raise Unavailable("the snapshot process has no pipes")
-        try:
-            stdin.write(line)
-            await stdin.drain()
-            return await stdout.readline()
-        except ConnectionError as error:
-            raise Unavailable("the snapshot process died") from error
+        stdin.write(line)
+        await stdin.drain()
+        found = await stdout.readline()
+        if not found:
+            raise ConnectionResetError("it closed its output")
+        return found

@@ -67,7 +67,7 @@ class Report:
     """What a job did: the snapshot's seq, its bytes, and the revision of its manifest."""
 
     seq: int
-    bytes: int
+    size: int
     revision: int
 
 
@@ -96,7 +96,7 @@ async def write_snapshot(store: Store, clock: Clock, job: Job, make_machine: Cal
     if found.owner != job.owner.encode() or found.incarnation != job.incarnation:
         raise Superseded(f"shard {job.shard} has another owner or incarnation")
     if found.folded.seq == (found.manifest.seq if found.manifest else 0):
-        size = found.manifest.bytes if found.manifest else 0
+        size = found.manifest.size if found.manifest else 0
         return Report(found.folded.seq, size, found.revision)
     chunks = seal(snapshot_content(found.machine.dump()), found.folded.nonce, CHUNK_BYTES)
     writer = _Writer(store, clock, job)
@@ -114,7 +114,7 @@ async def write_snapshot(store: Store, clock: Clock, job: Job, make_machine: Cal
         if kv is None or kv.value != value:
             raise
     await _trim(store, writer, job.shard, manifest.seq)
-    return Report(manifest.seq, manifest.bytes, revision)
+    return Report(manifest.seq, manifest.size, revision)
 
 
 def _manifest(found: Recovered, chunks: Sequence[bytes], wall: float) -> Manifest:
@@ -123,7 +123,7 @@ def _manifest(found: Recovered, chunks: Sequence[bytes], wall: float) -> Manifes
         seq=found.folded.seq,
         nonce=found.folded.nonce,
         chunks=len(chunks),
-        bytes=sum(map(len, chunks)),
+        size=sum(map(len, chunks)),
         digest=chunks_digest(chunks),
         incarnation=found.incarnation,
         first_kept=first_kept,

@@ -79,14 +79,25 @@ async def serving(layout: Layout, obey: Callable[[dict[str, Any]], Awaitable[dic
             writer.close()
 
     with _address(layout.directory) as address:
-        Path(address).unlink(missing_ok=True)
-        server = await asyncio.start_unix_server(converse, address, limit=MAX_LINE)
-        Path(address).chmod(0o600)
+        server = await asyncio.start_unix_server(converse, sock=_bound(address), limit=MAX_LINE)
         try:
             yield
         finally:
             server.close()
-            Path(address).unlink(missing_ok=True)
+            _remove(address)
+
+
+def _bound(address: str) -> socket.socket:
+    """A socket there. One that lies there is a dead supervisor's: the lock is ours."""
+    _remove(address)
+    line = socket.socket(socket.AF_UNIX)
+    line.bind(address)
+    Path(address).chmod(0o600)
+    return line
+
+
+def _remove(address: str) -> None:
+    Path(address).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from baton.client import AsyncClient
 from baton.clock import SystemClock, SystemEntropy
 from baton.errors import BatonError
 from baton.v1 import cluster_pb2
-from lab import parts
+from control_plane.store.versions import Support
 from lab.etcd_binary import find_etcd
 from lab.layout import ETCD, Layout, Settings, settings_record
 from lab.links import Links
@@ -47,7 +47,7 @@ class Federation:
         self.binary = find_etcd()
         self.stage = "starting"
         entropy = SystemEntropy()
-        unsafe = not parts.is_supported(self.binary)
+        unsafe = self.binary.support is Support.UNSAFE
         self.links = Links(settings.replica_names, settings.clusters)
         self._store = Store(layout, self.links, self.binary)
         self._replicas = {
@@ -57,13 +57,12 @@ class Federation:
 
     @property
     def warning(self) -> str:
-        """One line about an etcd that production must not have; empty if there is nothing to say."""
-        if parts.is_supported(self.binary):
+        """One line about an etcd that is not supported; empty if there is nothing to say."""
+        if self.binary.support is Support.SUPPORTED:
             return ""
-        return (
-            f"warning: etcd {self.binary.version} has bugs that can lose data; good enough for a look, for nothing else"
-            " (`scripts/tools etcd` builds a supported one)"
-        )
+        unsafe = self.binary.support is Support.UNSAFE
+        what = "has bugs that can lose data; good for a look, for nothing else" if unsafe else "lacks known fixes"
+        return f"warning: etcd {self.binary.version} {what} (`scripts/tools etcd` builds a supported one)"
 
     @property
     def endpoints(self) -> list[str]:

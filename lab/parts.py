@@ -17,7 +17,6 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from baton.clock import Entropy
-from control_plane.store.versions import Support
 from lab import processes
 from lab.etcd_binary import EtcdBinary
 from lab.etcd_server import EtcdServer
@@ -33,6 +32,9 @@ LEAVE_SECONDS = 10.0
 
 ORDER_SECONDS = 5.0
 """For a machine to carry out an order."""
+
+GIB_PER_CPU = 2
+"""Memory promised with each CPU; like the CPUs it is shared with whatever else runs here."""
 
 
 class PartFailed(Exception):
@@ -295,7 +297,8 @@ class Cluster:
             "cluster_agent",
             *("--cluster", self.name, "--directory", str(self._layout.cluster(self.name))),
             *("--boot-id-file", str(self._layout.boot_id(self.name)), "--profile", self._settings.profile),
-            *("--cpus", str(self._settings.cpus), "--label", f"region={self.name}"),
+            *("--cpus", str(self._settings.cpus), "--memory", f"{self._settings.cpus * GIB_PER_CPU}Gi"),
+            *("--label", f"region={self.name}"),
             *(*endpoints, "--fixed-endpoints"),
         )
 
@@ -388,8 +391,3 @@ class Cluster:
 def part_status(part: Part, links: Links, name: str) -> dict[str, Any]:
     """A part as `local status` shows it."""
     return {"name": name, "state": part.word, "network": "cut" if links.is_cut(name) else "up", "pid": part.pid}
-
-
-def is_supported(binary: EtcdBinary) -> bool:
-    """Whether replicas take this etcd without being told to."""
-    return binary.support is not Support.UNSAFE

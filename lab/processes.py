@@ -8,7 +8,6 @@ that its own children can be signalled with it.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lab
+from baton.clock import SystemClock
 from cluster_agent.guard import host, proctree
 
 ROOT = Path(lab.__file__).resolve().parent.parent
@@ -26,6 +26,8 @@ ROOT = Path(lab.__file__).resolve().parent.parent
 
 END_SECONDS = 15.0
 """For a process that was killed to be gone, and a machine to have lost all its processes."""
+
+LOOK_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +92,10 @@ def spawn(command: Sequence[str], log: Path, *, piped: bool = False) -> subproce
 
 async def gone(process: subprocess.Popen[bytes], seconds: float = END_SECONDS) -> bool:
     """Wait until the child has ended; False if it has not in time."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            while process.poll() is None:
-                await asyncio.sleep(0.01)
+    clock = SystemClock()
+    deadline = clock.boot() + seconds
+    while process.poll() is None and clock.boot() < deadline:
+        await clock.sleep(LOOK_SECONDS)
     return process.poll() is not None
 
 

@@ -2,6 +2,9 @@
 
 A link is what TCP gives: ordered bytes, or a break that both ends notice some time later. Messages are really serialized, so that no
 object is shared between nodes. All chance comes from one seeded generator; all waiting from the virtual loop.
+
+What arrives somewhere runs as the node that lives there (`lab.simulation.nodes`): so a frozen node's mail waits, and a dead one's is
+lost. A stream that lost a message never delivers a later one.
 """
 
 from __future__ import annotations
@@ -9,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextvars import Context
 from functools import partial
 
 from baton.internal import peer_pb2 as peer
@@ -18,31 +21,47 @@ from baton.v1 import agent_pb2 as agent
 from cluster_agent.transport import TransportClosed
 from control_plane.peers import MessageHandler
 from control_plane.sessions import StreamClosed
+from lab.simulation.nodes import Node
+
+NOBODY = Context()
+"""Of callbacks that are no node's."""
 
 NOTICE = 1.0
 """Seconds until an end of a cut link notices it, at most: a keepalive's worth, shortened so that a seed sees more."""
 
 
-@dataclass(slots=True)
 class Links:
     """Which nodes can hear each other, and how slowly. `cut(a, b)` is one-way: messages from a to b are lost."""
 
-    rng: random.Random
-    max_delay: float = 0.02
-    faults: Counter[str] = field(default_factory=Counter)
-    _cut: set[tuple[str, str]] = field(default_factory=set)
-    _last: dict[tuple[str, str], float] = field(default_factory=dict)
-    _pipes: list[Pipe] = field(default_factory=list)
+    def __init__(self, rng: random.Random, hits: Counter[str], max_delay: float = 0.02) -> None:
+        self.rng, self.max_delay = rng, max_delay
+        self.nodes: dict[str, Node] = {}
+        """Who lives where just now."""
+        self._hits = hits
+        self._cut: set[tuple[str, str]] = set()
+        self._last: dict[tuple[str, str], float] = {}
+        self._pipes: list[Pipe] = []
+        self.peers: dict[str, MemoryPeers] = {}
 
     def cut(self, source: str, target: str) -> None:
         """Lose everything from `source` to `target` from now on; streams over it break."""
-        self.faults["cut"] += 1
         self._cut.add((source, target))
         for pipe in list(self._pipes):
             if {source, target} == {pipe.left, pipe.right}:
                 pipe.break_soon(self.rng.uniform(0.0, NOTICE))
+        for one, other in ((source, target), (target, source)):
+            peers = self.peers.get(one)
+            if peers is not None and other in self.peers:
+                delay = self.rng.uniform(0.0, NOTICE)
+                asyncio.get_running_loop().call_later(
+                    delay, partial(peers.peer_broke, other), context=self._at(one)
+                )
 
-    def heal(self) -> None:
+    def heal(self, source: str, target: str) -> None:
+        """`target` hears `source` again."""
+        self._cut.discard((source, target))
+
+    def heal_all(self) -> None:
         """Everybody hears everybody."""
         self._cut.clear()
 
@@ -53,11 +72,23 @@ class Links:
     def deliver(self, source: str, target: str, action: Callable[[], None]) -> None:
         """Run `action` at `target` after a delay, in order of sending, unless the link is cut now or then."""
         if not self.heard(source, target):
+            self._hits["message lost"] += 1
             return
         loop = asyncio.get_running_loop()
         at = max(loop.time() + self.rng.uniform(0.0, self.max_delay), self._last.get((source, target), 0.0) + 1e-6)
         self._last[source, target] = at
-        loop.call_at(at, lambda: action() if self.heard(source, target) else None)
+        # The way itself belongs to nobody: only what happens at its end is the target's, whoever lives there by then.
+        loop.call_at(at, partial(self._arrive, source, target, self.nodes.get(target), action), context=NOBODY)
+
+    def _arrive(self, source: str, target: str, addressee: Node | None, action: Callable[[], None]) -> None:
+        if not self.heard(source, target):
+            self._hits["message lost"] += 1
+        elif addressee is not None and addressee is self.nodes.get(target):
+            asyncio.get_running_loop().call_soon(action, context=addressee.context())
+
+    def _at(self, name: str) -> Context:
+        node = self.nodes.get(name)
+        return node.context() if node is not None else NOBODY
 
     def open(self, pipe: Pipe) -> None:
         """Register a stream, to be broken with its link."""
@@ -73,17 +104,20 @@ class Links:
         for pipe in list(self._pipes):
             if node in (pipe.left, pipe.right):
                 pipe.break_soon(0.0)
+        peers = self.peers.get(node)
+        if peers is not None:
+            peers.die()
 
 
 class MemoryPeers:
     """The Peers port of one replica."""
 
-    def __init__(self, replica: str, links: Links, directory: dict[str, MemoryPeers]) -> None:
-        self._replica, self._links, self._directory = replica, links, directory
+    def __init__(self, replica: str, links: Links) -> None:
+        self._replica, self._links = replica, links
         self._handler: MessageHandler = lambda _replica, _message: None
         self._break: Callable[[str], None] = lambda _replica: None
         self.alive = True
-        directory[replica] = self
+        links.peers[replica] = self
 
     def on_message(self, handler: MessageHandler) -> None:
         """See `control_plane.peers.Peers`."""
@@ -95,7 +129,7 @@ class MemoryPeers:
 
     def send(self, replica: str, message: peer.PeerMessage) -> bool:
         """See `control_plane.peers.Peers`."""
-        target = self._directory.get(replica)
+        target = self._links.peers.get(replica)
         if target is None or not target.alive or not self.alive:
             return False
         payload = message.SerializeToString()
@@ -114,8 +148,9 @@ class MemoryPeers:
     def die(self) -> None:
         """The process is gone; the others notice a broken stream."""
         self.alive = False
-        self._directory.pop(self._replica, None)
-        for name, other in list(self._directory.items()):
+        if self._links.peers.get(self._replica) is self:
+            del self._links.peers[self._replica]
+        for name, other in list(self._links.peers.items()):
             self._links.deliver(self._replica, name, partial(other.peer_broke, self._replica))
 
     async def close(self) -> None:
@@ -133,12 +168,19 @@ class Pipe:
         self.peer_cluster = certificate
         self.up: asyncio.Queue[bytes | None] = asyncio.Queue(self.CAPACITY)
         self.down: asyncio.Queue[bytes | None] = asyncio.Queue(self.CAPACITY)
+        self.doomed = False
         self.broken = False
         links.open(self)
 
     def break_soon(self, delay: float) -> None:
-        """Both ends notice after `delay` seconds."""
-        asyncio.get_running_loop().call_later(delay, self.close)
+        """Nothing more goes through; both ends notice after `delay` seconds."""
+        self.doomed = True
+        asyncio.get_running_loop().call_later(delay, self.close, context=NOBODY)
+
+    def finish(self) -> None:
+        """The right end is done: what it sent arrives, then the end."""
+        if not self.doomed:
+            self._links.deliver(self.right, self.left, self.close)
 
     def close(self) -> None:
         """Both ends see the end of the stream after what has arrived."""
@@ -153,7 +195,16 @@ class Pipe:
 
     def push(self, queue: asyncio.Queue[bytes | None], source: str, target: str, payload: bytes) -> None:
         """Send one message along a direction."""
-        self._links.deliver(source, target, lambda: None if self.broken or queue.full() else queue.put_nowait(payload))
+        if not self.doomed:
+            self._links.deliver(source, target, partial(self._put, queue, payload))
+
+    def _put(self, queue: asyncio.Queue[bytes | None], payload: bytes) -> None:
+        if self.broken or self.doomed:
+            return
+        if queue.full():
+            self.break_soon(0.0)
+        else:
+            queue.put_nowait(payload)
 
 
 class AgentEnd:
@@ -162,7 +213,12 @@ class AgentEnd:
     def __init__(self, pipe: Pipe) -> None:
         self._pipe = pipe
 
-    async def send(self, messages: list[agent.SessionRequest]) -> None:
+    @property
+    def endpoint(self) -> str:
+        """The replica's name."""
+        return self._pipe.right
+
+    async def send(self, messages: Sequence[agent.SessionRequest]) -> None:
         """Queue messages. Raises TransportClosed."""
         if self._pipe.broken:
             raise TransportClosed("the stream broke")
@@ -202,6 +258,8 @@ class ReplicaEnd:
         if self._pipe.broken:
             return False
         self._pipe.push(self._pipe.down, self._pipe.right, self._pipe.left, message.SerializeToString())
-        if message.WhichOneof("message") == "refusal":
-            self._pipe.break_soon(0.05)
         return True
+
+    def end(self) -> None:
+        """The server's handler returned: the stream ends after what was sent."""
+        self._pipe.finish()

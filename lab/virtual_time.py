@@ -122,7 +122,7 @@ class SeededEntropy:
     """A `baton.clock.Entropy` from a seed."""
 
     def __init__(self, seed: int | str) -> None:
-        self._random = random.Random(seed)
+        self._random = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
 
     def token(self, size: int = 16) -> str:
         """See `Entropy.token`."""
@@ -136,7 +136,7 @@ class SeededEntropy:
 def run(main: Coroutine[Any, Any, T], seed: int = 0, *, shuffle: bool = False) -> T:
     """Run `main` to its end in virtual time, cancel what it left behind, return its result. Raises Deadlock,
     Spinning."""
-    loop = VirtualLoop(random.Random(seed) if shuffle else None)
+    loop = VirtualLoop(random.Random(seed) if shuffle else None)  # noqa: S311 - to be repeated, not to be secret
     try:
         asyncio.set_event_loop(loop)
         try:

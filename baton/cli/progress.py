@@ -45,6 +45,7 @@ class Progress:
         self._status: Status | None = None
         self._total = 0
         self._states: dict[int, int] = {}
+        self._counts: Counter[int] = Counter()  # kept by change: summing 10,000 tasks for each event would be quadratic
         self._told = 0.0
 
     def __enter__(self) -> Self:
@@ -70,15 +71,22 @@ class Progress:
 
     def summary(self) -> str:
         """`7/14 done, 4 RUNNING, 3 PENDING`."""
-        counts = Counter(self._states.values())
+        counts = self._counts
         done = sum(counts[state] for state in _FINAL)
-        rest = [f"{count} {render.task_state(state)}" for state, count in sorted(counts.items()) if state not in _FINAL]
+        rest = [
+            f"{count} {render.task_state(state)}"
+            for state, count in sorted(counts.items())
+            if count and state not in _FINAL
+        ]
         failed = [f"{counts[state]} {render.task_state(state)}" for state in _FINAL[1:] if counts[state]]
         return ", ".join([f"{done}/{self._total or len(self._states)} done", *failed, *rest])
 
     def _take(self, event: run_pb2.RunEvent) -> None:
         for change in event.changes:
+            if change.index in self._states:
+                self._counts[self._states[change.index]] -= 1
             self._states[change.index] = change.state
+            self._counts[change.state] += 1
         when = render.seconds(event.time)
         if max(self._total, len(self._states)) > MAX_TOLD:
             if when - self._told >= TELL_EVERY_SECONDS:

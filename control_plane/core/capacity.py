@@ -9,7 +9,8 @@ Nodes with the smallest room that still fits are filled first, so that large hol
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from control_plane.core.model import Resources
@@ -34,27 +35,26 @@ class Shape:
     total_memory_bytes: int = 0
 
 
-Vector = dict[str, int]
-"""Amounts by resource name: cpu (millis), memory, disk (bytes), and the extended ones by their own names."""
+Need = tuple[tuple[str, int], ...]
+"""What one task takes of a node: (resource, amount > 0) by name: cpu (millis), memory, disk (bytes), and the extended ones."""
 
 
-def need_of(resources: Resources) -> Vector:
+def need_of(resources: Resources) -> Need:
     """What one task takes of a node; resources it does not use are left out."""
-    need = {"cpu": resources.cpu_millis, "memory": resources.memory_bytes, "disk": resources.disk_bytes}
-    need.update((f"extended {name}", amount) for name, amount in resources.extended)
-    return {name: amount for name, amount in need.items() if amount > 0}
+    amounts = {"cpu": resources.cpu_millis, "memory": resources.memory_bytes, "disk": resources.disk_bytes}
+    amounts.update((f"extended {name}", amount) for name, amount in resources.extended)
+    return tuple(sorted((name, amount) for name, amount in amounts.items() if amount > 0))
 
 
-def size_of(shapes: Iterable[Shape]) -> Vector:
-    """All room of a cluster when empty, as far as it is known (else what is free now)."""
-    size: Vector = {}
+def size_of(shapes: Iterable[Shape]) -> dict[str, int]:
+    """All room of a cluster when empty, as far as it is known (else what is free now), by resource."""
+    size: dict[str, int] = defaultdict(int)
     for shape in shapes:
-        size["cpu"] = size.get("cpu", 0) + shape.count * max(shape.total_cpu_millis, shape.cpu_millis, 0)
-        size["memory"] = size.get("memory", 0) + shape.count * max(shape.total_memory_bytes, shape.memory_bytes, 0)
-        size["disk"] = size.get("disk", 0) + shape.count * max(shape.disk_bytes, 0)
+        size["cpu"] += shape.count * max(shape.total_cpu_millis, shape.cpu_millis, 0)
+        size["memory"] += shape.count * max(shape.total_memory_bytes, shape.memory_bytes, 0)
+        size["disk"] += shape.count * max(shape.disk_bytes, 0)
         for name, amount in shape.extended:
-            key = f"extended {name}"
-            size[key] = size.get(key, 0) + shape.count * max(amount, 0)
+            size[f"extended {name}"] += shape.count * max(amount, 0)
     return size
 
 
@@ -62,67 +62,98 @@ class Room:
     """The free room of one cluster in the making of a plan. Changes with `take` and `give`."""
 
     def __init__(self, shapes: Iterable[Shape]) -> None:
-        self._classes: list[tuple[int, Vector]] = [(s.count, _free(s)) for s in shapes if s.count > 0]
-        self._free_slots: list[tuple[int, Vector]] = []
+        shapes = tuple(shapes)
+        extended = sorted({f"extended {name}" for shape in shapes for name, _ in shape.extended})
+        self._index = {name: i for i, name in enumerate(("cpu", "memory", "disk", *extended))}
+        self._classes: dict[tuple[int, ...], int] = {}
+        """Free vector of a node -> nodes that have it."""
+        self._fits: dict[Need, int] = {}
+        """Answers of `fit` since the last change."""
+        for shape in shapes:
+            self._add(self._free(shape), shape.count)
 
-    def fit(self, need: Vector) -> int:
+    def fit(self, need: Need) -> int:
         """How many tasks of this need fit now."""
-        return sum(count * _per_node(free, need) for count, free in self._all())
+        known = self._fits.get(need)
+        if known is None:
+            wanted = self._wanted(need)
+            known = (
+                sum(count * _per_node(free, wanted) for free, count in self._classes.items())
+                if wanted is not None
+                else 0
+            )
+            self._fits[need] = known
+        return known
 
-    def take(self, need: Vector, wanted: int) -> int:
+    def take(self, need: Need, wanted: int) -> int:
         """Take room for up to `wanted` tasks; how many found room."""
-        taken = 0
-        order = sorted(self._all(), key=lambda entry: (_per_node(entry[1], need), sorted(entry[1].items())))
-        kept: list[tuple[int, Vector]] = []
-        for count, free in order:
-            each = _per_node(free, need)
-            left = wanted - taken
-            if each == 0 or left == 0:
-                kept.append((count, free))
-                continue
+        amounts = self._wanted(need)
+        if amounts is None or wanted <= 0:
+            return 0
+        fitting = [(each, free) for free in self._classes if (each := _per_node(free, amounts)) > 0]
+        fitting.sort(key=lambda entry: entry[0])  # stable: equal fits in the order of the report
+        left = wanted
+        for each, free in fitting:
+            if left == 0:
+                break
+            count = self._classes.pop(free)
             full = min(count, left // each)
             rest = min(left - full * each, each) if full < count else 0
-            taken += full * each + rest
-            kept += [
-                (full, _minus(free, need, each)),
-                (1 if rest else 0, _minus(free, need, rest)),
-                (count - full - (1 if rest else 0), free),
-            ]
-        self._classes = [(count, free) for count, free in kept if count > 0]
-        self._free_slots = []
-        return taken
+            left -= full * each + rest
+            used = full + (1 if rest else 0)
+            self._add(_minus(free, amounts, each), full)
+            self._add(_minus(free, amounts, rest), used - full)
+            self._add(free, count - used)
+        self._fits.clear()
+        return wanted - left
 
-    def charge(self, need: Vector, count: int) -> None:
-        """Subtract tasks that were placed since the report (C4). Those that found no node are an over-estimate and are let
-        go: the agent has the last word (C3)."""
-        self.take(need, count)
-
-    def give(self, need: Vector, count: int) -> None:
+    def give(self, need: Need, count: int) -> None:
         """Add slots that were freed since the report: each is a hole of exactly one such task, on a node of its own, for
         nobody knows which node it is on."""
-        if count > 0:
-            self._free_slots.append((count, need))
+        amounts = self._wanted(need)
+        if amounts is not None:
+            empty = (0,) * len(self._index)
+            self._add(_minus(empty, amounts, -1), count)
+            self._fits.clear()
 
     def largest(self, name: str) -> int:
         """The largest free amount of one resource on one node."""
-        return max((free.get(name, 0) for _, free in self._all()), default=0)
+        i = self._index.get(name)
+        return max((free[i] for free in self._classes), default=0) if i is not None else 0
 
-    def _all(self) -> Iterator[tuple[int, Vector]]:
-        yield from self._classes
-        yield from self._free_slots
+    def classes(self) -> list[tuple[int, dict[str, int]]]:
+        """(nodes, free amounts by resource), for people and tests."""
+        return [(count, dict(zip(self._index, free, strict=True))) for free, count in self._classes.items()]
+
+    def _add(self, free: tuple[int, ...], count: int) -> None:
+        if count > 0:
+            self._classes[free] = self._classes.get(free, 0) + count
+
+    def _free(self, shape: Shape) -> tuple[int, ...]:
+        amounts = {"cpu": shape.cpu_millis, "memory": shape.memory_bytes}
+        amounts["disk"] = shape.disk_bytes if shape.disk_bytes > 0 else UNACCOUNTED
+        amounts.update((f"extended {name}", amount) for name, amount in shape.extended)
+        return tuple(max(amounts.get(name, 0), 0) for name in self._index)
+
+    def _wanted(self, need: Need) -> list[tuple[int, int]] | None:
+        """The need by position; None if the cluster does not have one of its resources."""
+        try:
+            return [(self._index[name], amount) for name, amount in need]
+        except KeyError:
+            return None
 
 
-def _free(shape: Shape) -> Vector:
-    free = {"cpu": max(shape.cpu_millis, 0), "memory": max(shape.memory_bytes, 0)}
-    free["disk"] = shape.disk_bytes if shape.disk_bytes > 0 else UNACCOUNTED
-    free.update((f"extended {name}", max(amount, 0)) for name, amount in shape.extended)
-    return free
-
-
-def _per_node(free: Vector, need: Vector) -> int:
+def _per_node(free: tuple[int, ...], wanted: list[tuple[int, int]]) -> int:
     """How many tasks fit on one node."""
-    return min((free.get(name, 0) // amount for name, amount in need.items()), default=UNBOUNDED)
+    most = UNBOUNDED
+    for i, amount in wanted:
+        fit = free[i] // amount
+        most = min(most, fit)
+    return most
 
 
-def _minus(free: Vector, need: Vector, times: int) -> Vector:
-    return {name: amount - times * need.get(name, 0) for name, amount in free.items()}
+def _minus(free: tuple[int, ...], wanted: list[tuple[int, int]], times: int) -> tuple[int, ...]:
+    left = list(free)
+    for i, amount in wanted:
+        left[i] -= times * amount
+    return tuple(left)

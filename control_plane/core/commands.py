@@ -149,7 +149,8 @@ class InventoryVerdict:
 
 @dataclass(frozen=True, slots=True)
 class TakeTable:
-    """Fleet's table changed, or the shard was just taken (PROTOCOL S5). Owners learn drains, boots, ends of generations. Reply: None."""
+    """Fleet's table changed, or the shard was just taken (PROTOCOL S5). Owners learn drains, boots, ends of
+    generations. Reply: None."""
 
     table: FleetTable
 

@@ -7,9 +7,9 @@ filters choose the candidates, so a reason can never contradict a placement.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from control_plane.core.capacity import Room, Vector, need_of, size_of
+from control_plane.core.capacity import Need, Room, need_of, size_of
 from control_plane.core.model import Admission, Group, Health
 from control_plane.core.offers import Offer
 
@@ -43,19 +43,19 @@ def _no_room(group: Group, offers: Sequence[Offer], rooms: Sequence[Room], kept:
         if kept:
             return f"waits for room on {_names(offers)}: the rest is kept for urgent work"
         return "permitted in part; the rest follows with the next plan"
-    for name, amount in need.items():
+    for name, amount in need:
         empty = [(_largest_node(offer, name), offer.facts.name) for offer in offers]
         biggest, where = max(empty, key=lambda entry: entry[0])
         if biggest < amount:
             return (
                 f"needs {_amount(name, amount)} on one node; the largest node has {_amount(name, biggest)}, on {where}"
             )
-    for name, amount in need.items():
+    for name, amount in need:
         holes = [(room.largest(name), offer.facts.name) for room, offer in zip(rooms, offers, strict=True)]
         biggest, where = max(holes, key=lambda entry: entry[0])
         if biggest < amount:
             return f"needs {_amount(name, amount)} on one node; the largest hole is {_amount(name, biggest)} on {where}"
-    wanted = " and ".join(_amount(name, amount) for name, amount in need.items())
+    wanted = " and ".join(_amount(name, amount) for name, amount in need)
     return f"needs {wanted} together on one node; no node of {_names(offers)} has all of it free"
 
 
@@ -174,6 +174,6 @@ def _amount(name: str, amount: int) -> str:
     return f"{amount} {name.removeprefix('extended ')}"
 
 
-def slots(size: Vector, need: Vector) -> int:
+def slots(size: Mapping[str, int], need: Need) -> int:
     """About how many such tasks a cluster holds when empty."""
-    return min((size.get(name, 0) // amount for name, amount in need.items() if name in size), default=0)
+    return min((size[name] // amount for name, amount in need if size.get(name)), default=0)

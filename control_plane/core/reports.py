@@ -52,6 +52,9 @@ _STATES = {
 _INFRASTRUCTURE = (Outcome.FENCED, Outcome.LOST, Outcome.STOPPED)
 """Outcomes that cost the infrastructure budget: losses and preemptions."""
 
+_SLOT_FREED = (Outcome.SUCCEEDED, Outcome.FAILED, Outcome.TIMED_OUT)
+"""Outcomes after which the slot may serve the next task (C2): the others say that the place itself is in trouble or leaves."""
+
 Row = tuple[int, int, AttemptState, bool, int | None, bytes, str, float, float]
 """A row of AttemptsFinished."""
 
@@ -127,7 +130,7 @@ def _finished(state: ShardState, command: TakeReports, batch: Batch) -> set[Atte
                 sizes[id_.run] = used + len(row[5])
             gone.add(id_)
             rows.setdefault(id_.run, []).append(row)
-            if id_ not in run.stops:
+            if finish.outcome in _SLOT_FREED and id_ not in run.stops:
                 _free(state, run, attempt)
         elif finish.outcome is Outcome.SUCCEEDED and not attempt.reported:
             refused.setdefault(id_.run, {})[id_] = finish.message[:MESSAGE_LIMIT] or "its fence was no longer good"

@@ -42,9 +42,10 @@ def seconds_of(request_id: str) -> float:
 class Requests:
     """The request records of one shard."""
 
-    __slots__ = ("_order", "floor", "records")
+    __slots__ = ("_limit", "_order", "floor", "records")
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = MAX_RECORDS) -> None:
+        self._limit = limit
         self.records: dict[str, tuple[str, str]] = {}
         self.floor = ""
         self._order: list[str] = []
@@ -67,8 +68,8 @@ class Requests:
             raise Refused(
                 "REQUEST_ID_AHEAD", f"request_id is ahead of the server's clock, which says {now:.3f}", "request_id"
             )
-        if len(self.records) >= MAX_RECORDS:
-            raise Refused("LIMIT_EXCEEDED", f"more than {MAX_RECORDS} mutations of this shard within an hour")
+        if len(self.records) >= self._limit:
+            raise Refused("LIMIT_EXCEEDED", f"more than {self._limit} mutations of this shard within an hour")
         return None
 
     def due(self) -> float | None:

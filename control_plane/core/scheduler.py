@@ -23,8 +23,8 @@ import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from control_plane.core.capacity import Room, Vector, need_of, size_of
-from control_plane.core.model import ClusterFacts
+from control_plane.core.capacity import Need, Room, need_of, size_of
+from control_plane.core.model import ClusterFacts, Resources
 from control_plane.core.offers import Granted, Holding, Plan, Snapshot, Want
 from control_plane.core.reasons import candidates, reason_for, slots
 
@@ -45,6 +45,10 @@ MAX_GRANT = 2048
 """Tasks permitted to one group of one shard in a plan: about what an owner binds in one batch (J2). The rest follows with the
 next plan, some milliseconds later."""
 
+SPREAD = 8
+"""Clusters over which one step is spread, if they have room for it. More would cut a step into single tasks and make a plan over
+a hundred clusters slow; fewer would put more work into one cluster's loss."""
+
 
 def place(snapshot: Snapshot, now: float) -> Plan:
     """Permit what fits, in order (see the module). Deterministic: equal snapshots give equal plans. `now` is wall seconds."""
@@ -64,7 +68,7 @@ class _Ticket:
     def __init__(self, want: Want, urgent: bool) -> None:
         self.want = want
         self.urgent = urgent
-        self.need = need_of(want.group.resources)
+        self.need: Need = need_of(want.group.resources)
         self.left = want.count
         self.room_left = min(want.count, MAX_GRANT)
         self.granted: dict[str, tuple[ClusterFacts, int]] = {}
@@ -89,28 +93,32 @@ class _Board:
         self.rooms = [Room(offer.shapes or ()) for offer in self.offers]
         self._sizes = [size_of(offer.shapes or ()) for offer in self.offers]
         self._candidates: dict[str, list[int]] = {}
-        self._total: Vector = defaultdict(int)
+        self._total: dict[str, int] = defaultdict(int)
+        self._kept: dict[str, int] = {}
         for offer, room, size in zip(self.offers, self.rooms, self._sizes, strict=True):
             for name, amount in size.items():
                 self._total[name] += amount
             for resources, count in offer.changes:
                 if count > 0:
-                    room.charge(need_of(resources), count)
+                    room.take(need_of(resources), count)  # what finds no node is an over-estimate: the agent knows (C3)
                 else:
                     room.give(need_of(resources), -count)
         self._shares = self._held(snapshot.holdings, snapshot.weights)
 
     def _held(self, holdings: Iterable[Holding], weights: Mapping[str, float]) -> dict[str, float]:
         """Weighted dominant share of each namespace before this plan."""
-        used: dict[str, Vector] = defaultdict(lambda: defaultdict(int))
+        counts: dict[tuple[str, Resources], int] = defaultdict(int)
         for holding in holdings:
-            for name, amount in need_of(holding.group.resources).items():
-                used[holding.group.namespace][name] += amount * holding.count
-        return defaultdict(float, {ns: self._dominant(vector) / _weight(weights, ns) for ns, vector in used.items()})
+            counts[holding.group.namespace, holding.group.resources] += holding.count
+        used: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        for (namespace, resources), count in counts.items():
+            for name, amount in need_of(resources):
+                used[namespace][name] += amount * count
+        return defaultdict(float, {ns: self._dominant(used[ns].items()) / _weight(weights, ns) for ns in used})
 
-    def _dominant(self, vector: Vector) -> float:
+    def _dominant(self, amounts: Iterable[tuple[str, int]]) -> float:
         """The largest share of any resource of the federation."""
-        return max((amount / self._total[name] for name, amount in vector.items() if self._total[name]), default=0.0)
+        return max((amount / self._total[name] for name, amount in amounts if self._total.get(name)), default=0.0)
 
     def serve(self, tickets: list[_Ticket], weights: Mapping[str, float]) -> None:
         """One priority class: the poorest namespace takes a step, until nobody can."""
@@ -141,7 +149,8 @@ class _Board:
         wanted = min(wanted, max(sum(fits) - self.kept(ticket), 0))
         if wanted == 0:
             return 0
-        for i, count in zip(chosen, _spread(wanted, fits), strict=True):
+        for position, count in _spread(wanted, fits):
+            i = chosen[position]
             if count:
                 ticket.got(self.offers[i].facts, self.rooms[i].take(ticket.need, count))
         return wanted
@@ -158,14 +167,19 @@ class _Board:
         """Slots of this size that only urgent work may use."""
         if ticket.urgent:
             return 0
-        return int(HEADROOM * sum(slots(self._sizes[i], ticket.need) for i in self.candidates(ticket)))
+        known = self._kept.get(ticket.want.key)
+        if known is None:
+            known = int(HEADROOM * sum(slots(self._sizes[i], ticket.need) for i in self.candidates(ticket)))
+            self._kept[ticket.want.key] = known
+        return known
 
     def returning(
         self, tickets: Iterable[_Ticket], holdings: Iterable[Holding], weights: Mapping[str, float]
     ) -> frozenset[tuple[str, str]]:
         """Who must give slots back as they become free (C2): a lower class than one that waits for room on that cluster, or,
         in the same class, a namespace that would still have the larger share after giving a slot to one that waits."""
-        poorest: dict[str, dict[int, tuple[float, str]]] = defaultdict(dict)
+        poorest: dict[str, dict[int, float]] = defaultdict(dict)
+        """Cluster -> class -> the least share that a namespace which waits there would have with one task more."""
         for ticket in tickets:
             if ticket.left == 0 or ticket.room_left == 0:
                 continue
@@ -173,28 +187,28 @@ class _Board:
             after = self._shares[group.namespace] + self._dominant(ticket.need) / _weight(weights, group.namespace)
             for i in self.candidates(ticket):
                 there = poorest[self.offers[i].facts.uid]
-                there[group.priority] = min(
-                    there.get(group.priority, (after, group.namespace)), (after, group.namespace)
-                )
+                there[group.priority] = min(there.get(group.priority, after), after)
         found: set[tuple[str, str]] = set()
         for holding in holdings:
-            group = holding.group
-            there = poorest.get(holding.cluster, {})
-            after, namespace = there.get(group.priority, (float("inf"), ""))
-            owed = namespace != group.namespace and self._shares[group.namespace] > after
+            group, there = holding.group, poorest.get(holding.cluster, {})
+            owed = self._shares[group.namespace] > there.get(group.priority, float("inf"))
             if holding.count > 0 and (owed or any(priority > group.priority for priority in there)):
                 found.add((holding.shard, holding.key))
         return frozenset(found)
 
 
-def _spread(wanted: int, fits: list[int]) -> list[int]:
-    """`wanted` <= sum(fits) split in proportion to `fits`, in whole tasks: largest remainder first, then largest fit."""
-    total = sum(fits)
-    parts = [wanted * fit // total for fit in fits]
-    order = sorted(range(len(fits)), key=lambda i: (-(wanted * fits[i] % total), -fits[i], i))
-    for i in order[: wanted - sum(parts)]:
+def _spread(wanted: int, fits: list[int]) -> list[tuple[int, int]]:
+    """(position, tasks): `wanted` <= sum(fits) split in proportion to the largest fits, in whole tasks: largest remainder
+    first, then largest fit."""
+    order = sorted((i for i, fit in enumerate(fits) if fit), key=lambda i: (-fits[i], i))
+    chosen, room = order[:SPREAD], sum(fits[i] for i in order[:SPREAD])
+    while room < wanted:
+        room += fits[order[len(chosen)]]
+        chosen.append(order[len(chosen)])
+    parts = {i: wanted * fits[i] // room for i in chosen}
+    for i in sorted(chosen, key=lambda i: (-(wanted * fits[i] % room), -fits[i], i))[: wanted - sum(parts.values())]:
         parts[i] += 1
-    return parts
+    return list(parts.items())
 
 
 def _weight(weights: Mapping[str, float], namespace: str) -> float:

@@ -53,9 +53,7 @@ class Unimplemented(BatonError):
 class Admin:
     """AdminService."""
 
-    def __init__(
-        self, desk: Desk, confirm_restored: Callable[[], Awaitable[int]], snapshot: Snapshot | None
-    ) -> None:
+    def __init__(self, desk: Desk, confirm_restored: Callable[[], Awaitable[int]], snapshot: Snapshot | None) -> None:
         self._desk, self._confirm_restored, self._snapshot = desk, confirm_restored, snapshot
 
     def serve_peers(self, calls: Calls) -> None:
@@ -63,7 +61,7 @@ class Admin:
         calls.register(LIST, self._list_shard)
 
     async def list_replicas(
-        self, request: admin_pb2.ListReplicasRequest, asked: Asked
+        self, _request: admin_pb2.ListReplicasRequest, _asked: Asked
     ) -> AsyncIterator[admin_pb2.ListReplicasResponse]:
         """AdminService.ListReplicas."""
         view = self._desk.view
@@ -83,7 +81,7 @@ class Admin:
         )
 
     async def list_shards(
-        self, request: admin_pb2.ListShardsRequest, asked: Asked
+        self, _request: admin_pb2.ListShardsRequest, _asked: Asked
     ) -> AsyncIterator[admin_pb2.ListShardsResponse]:
         """AdminService.ListShards."""
         view = self._desk.view
@@ -122,17 +120,24 @@ class Admin:
         yield admin_pb2.PutNamespaceResponse(namespace=translate.namespace(view))
 
     async def list_namespaces(
-        self, request: admin_pb2.ListNamespacesRequest, asked: Asked
+        self, _request: admin_pb2.ListNamespacesRequest, asked: Asked
     ) -> AsyncIterator[admin_pb2.ListNamespacesResponse]:
         """AdminService.ListNamespaces: merged over all shards, in order of name."""
+        found = await self._all(asked)
+        yield admin_pb2.ListNamespacesResponse(namespaces=sorted(found, key=lambda namespace: namespace.name))
+
+    async def weights(self, asked: Asked) -> dict[str, float]:
+        """Weights of all namespaces (C1). Raises BatonError."""
+        return {namespace.name: namespace.weight for namespace in await self._all(asked)}
+
+    async def _all(self, asked: Asked) -> list[admin_pb2.Namespace]:
         answers = await asyncio.gather(
             *(
                 self._desk.forwarder.one(shard, LIST, json.dumps({"shard": shard}).encode(), asked)
                 for shard in RUN_SHARDS
             )
         )
-        found = [each for a in answers for each in admin_pb2.ListNamespacesResponse.FromString(a).namespaces]
-        yield admin_pb2.ListNamespacesResponse(namespaces=sorted(found, key=lambda namespace: namespace.name))
+        return [each for a in answers for each in admin_pb2.ListNamespacesResponse.FromString(a).namespaces]
 
     async def _list_shard(self, payload: bytes, context: CallContext) -> AsyncIterator[bytes]:
         shard = str(json.loads(payload)["shard"])
@@ -145,7 +150,7 @@ class Admin:
 
     # -- the store ---------------------------------------------------------------------------------------------------------
 
-    async def backup(self, request: admin_pb2.BackupRequest, asked: Asked) -> AsyncIterator[admin_pb2.BackupResponse]:
+    async def backup(self, _request: admin_pb2.BackupRequest, _asked: Asked) -> AsyncIterator[admin_pb2.BackupResponse]:
         """AdminService.Backup."""
         if self._snapshot is None:
             raise Unimplemented("UNIMPLEMENTED", "this replica's store offers no backup; use the store's own tools")
@@ -157,7 +162,7 @@ class Admin:
             raise StoreUnavailable("the store did not finish the backup; start it anew") from error
 
     async def confirm_restored(
-        self, request: admin_pb2.ConfirmRestoredRequest, asked: Asked
+        self, _request: admin_pb2.ConfirmRestoredRequest, _asked: Asked
     ) -> AsyncIterator[admin_pb2.ConfirmRestoredResponse]:
         """AdminService.ConfirmRestored (PROTOCOL J12). A repetition finds nothing suspected and changes nothing."""
         try:

@@ -112,7 +112,7 @@ class Agents:
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What a gRPC server is given. Raw bytes, for the reasons of `edge`."""
-        method = grpc.stream_stream_rpc_method_handler(self._session)  # type: ignore[arg-type]  # grpc.aio's form
+        method: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(self._session)
         return grpc.method_handlers_generic_handler(SERVICE, {SESSION: method})
 
     async def _session(

@@ -117,12 +117,12 @@ class Clusters:
         return message
 
 
-def at_fleet(request: Any) -> str:
+def at_fleet(_request: Any) -> str:
     """All of it belongs to fleet."""
     return FLEET
 
 
-def check_get(request: cluster_pb2.GetClusterRequest, now: float) -> None:
+def check_get(request: cluster_pb2.GetClusterRequest, _now: float) -> None:
     """The name of a cluster. Raises InvalidField."""
     _check_name(request.name)
 
@@ -133,7 +133,7 @@ def check_change(request: Change, now: float) -> None:
     _check_name(request.name)
 
 
-def check_list(request: cluster_pb2.ListClustersRequest, now: float) -> None:
+def check_list(request: cluster_pb2.ListClustersRequest, _now: float) -> None:
     """A list of clusters. Raises InvalidField."""
     page_size(request.page_size)
     pages.read(request.page_token, QUESTION)

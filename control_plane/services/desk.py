@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,6 +21,9 @@ from control_plane.services.methods import Asked
 from control_plane.view import View
 
 T = TypeVar("T")
+
+HISTORY_PAUSE = 1.0
+"""Seconds after which a caller may ask for history again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +58,12 @@ class Desk:
 
     async def submit(self, shard: str, command: Command, asked: Asked) -> object:
         """Decide on an owned shard. Raises as `Controller.submit`."""
-        reply: object = await self.controller.submit(
-            shard, command, actor=asked.principal, timeout=asked.left()
-        )
+        reply: object = await self.controller.submit(shard, command, actor=asked.principal, timeout=asked.left())
         return reply
 
     async def archived(self, name: RunName) -> run_pb2.Run | None:
         """A run in history. Raises StoreUnavailable if history cannot say."""
-        try:
-            return await self.history.run(name.namespace, name.run)
-        except HistoryDown as error:
-            raise StoreUnavailable("the history of finished runs does not answer") from error
+        return await from_history(self.history.run(name.namespace, name.run))
 
     async def must_be_archived(self, name: RunName) -> run_pb2.Run:
         """A run that is not live. It left the live state only after it was in history (J10), so absence there, looked at after
@@ -74,6 +72,14 @@ class Desk:
         if run is None:
             raise NotFound(f"there is no run {name}")
         return run
+
+
+async def from_history(asking: Awaitable[T]) -> T:
+    """An answer of history. Raises StoreUnavailable, which says itself when to come again: the call is not parked for it."""
+    try:
+        return await asking
+    except HistoryDown as error:
+        raise StoreUnavailable("the history of finished runs does not answer", retry_after=HISTORY_PAUSE) from error
 
 
 def shard_of_run(name: RunName) -> str:

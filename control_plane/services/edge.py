@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from baton.clock import Clock, Entropy
 from baton.errors import BatonError, Denied, Draining, LimitExceeded, to_status
 from control_plane.peers import CallContext, CallHandler, Calls
 from control_plane.services.failures import explain
-from control_plane.services.forward import Forwarder
+from control_plane.services.forward import Forwarder, OnAnswer
 from control_plane.services.identity import Identity
 from control_plane.services.methods import Asked, Kind, Method, decode
 
@@ -47,6 +48,9 @@ PUSHBACK = 1.0
 
 MAX_ANSWER = 4 << 20
 """Bytes of an answer: what clients receive by default. Larger ones fail here, with a reason, instead of in their library."""
+
+MAX_REQUEST = 4 << 20
+"""Bytes of one request message. The listener takes more, for the peer streams on it; a larger graph comes in pieces."""
 
 STATUS_KEY = "grpc-status-details-bin"
 """Where google.rpc.Status travels: gRPC's own name for it."""
@@ -96,12 +100,11 @@ class Edge:
         async def stream_in(pieces: Bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
             return await self._one(method, pieces, context)
 
-        # The stubs know synchronous servers only; grpc.aio takes coroutines and async generators in the same places.
         if method.kind is Kind.STREAM_OUT:
-            return grpc.unary_stream_rpc_method_handler(stream_out)  # type: ignore[arg-type]
+            return grpc.unary_stream_rpc_method_handler(stream_out)
         if method.kind is Kind.STREAM_IN:
-            return grpc.stream_unary_rpc_method_handler(stream_in)  # type: ignore[arg-type]
-        return grpc.unary_unary_rpc_method_handler(unary)  # type: ignore[arg-type]
+            return grpc.stream_unary_rpc_method_handler(stream_in)
+        return grpc.unary_unary_rpc_method_handler(unary)
 
     async def _one(
         self, method: Method, request: bytes | Bytes, context: grpc.aio.ServicerContext[bytes, bytes]
@@ -113,13 +116,15 @@ class Edge:
 
     async def _told(
         self, method: Method, request: bytes | Bytes, context: grpc.aio.ServicerContext[bytes, bytes]
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """`answers`, with every failure told as a status."""
         try:
             async with aclosing(self._counted(method, request, context)) as answers:
                 async for answer in answers:
                     if len(answer) > MAX_ANSWER:
-                        raise LimitExceeded(f"the answer holds {len(answer)} bytes, more than {MAX_ANSWER}: ask for less")
+                        raise LimitExceeded(
+                            f"the answer holds {len(answer)} bytes, more than {MAX_ANSWER}: ask for less"
+                        )
                     yield answer
             return
         except (asyncio.CancelledError, GeneratorExit):
@@ -130,7 +135,7 @@ class Edge:
 
     async def _counted(
         self, method: Method, request: bytes | Bytes, context: grpc.aio.ServicerContext[bytes, bytes]
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         identity = self._identify(context)
         if not identity.may_use_api:
             log.warning("call denied", extra={"method": method.name, "principal": identity.principal})
@@ -153,13 +158,15 @@ class Edge:
         given = cap if remaining is None else min(remaining, cap)
         return Asked(method.name, principal, self._clock.boot() + given - min(MARGIN, given / 10), self._clock)
 
-    async def answers(self, method: Method, request: bytes | Bytes, asked: Asked) -> AsyncIterator[bytes]:
+    async def answers(self, method: Method, request: bytes | Bytes, asked: Asked) -> AsyncGenerator[bytes, None]:
         """The whole way of a call at the replica that is asked. Raises BatonError, and whatever a handler raises."""
         if not isinstance(request, bytes):
-            messages = (decode(method.request, piece) async for piece in request)
+            messages = (self._piece(method, piece) async for piece in request)
             async for answer in method.handler(messages, asked):
                 yield answer.SerializeToString()
             return
+        if len(request) > MAX_REQUEST:
+            raise LimitExceeded(f"the request holds {len(request)} bytes, more than {MAX_REQUEST}")
         message = decode(method.request, request)
         method.validate(message, self._clock.wall())
         if method.route is None:
@@ -167,16 +174,29 @@ class Edge:
                 yield answer.SerializeToString()
             return
 
-        def on_answer(payload: bytes) -> bytes:
-            assert method.resume is not None
-            method.resume(message, method.response.FromString(payload))
-            return bytes(message.SerializeToString())
-
-        resuming = on_answer if method.resume is not None else None
+        resuming = _resuming(method, message) if method.resume is not None else None
         stream = self._forwarder.stream(method.route(message), method.name, request, asked, resuming)
         async with aclosing(stream) as payloads:
             async for payload in payloads:
                 yield payload
+
+    @staticmethod
+    def _piece(method: Method, payload: bytes) -> Message:
+        if len(payload) > MAX_REQUEST:
+            raise LimitExceeded(f"a piece holds {len(payload)} bytes, more than {MAX_REQUEST}")
+        message: Message = decode(method.request, payload)
+        return message
+
+
+def _resuming(method: Method, message: Message) -> OnAnswer:
+    """How the request of a stream changes with each answer that was passed on."""
+    resume = method.resume or (lambda _request, _response: None)
+
+    def on_answer(payload: bytes) -> bytes:
+        resume(message, method.response.FromString(payload))
+        return bytes(message.SerializeToString())
+
+    return on_answer
 
 
 def at_owner(method: Method, clock: Clock) -> CallHandler:

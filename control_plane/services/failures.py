@@ -36,6 +36,17 @@ def invalid(field: str, message: str) -> BatonError:
 
 def explain(error: BaseException, reference: Callable[[], str]) -> BatonError:
     """The failure as it is told. `reference` draws an id for a fault, under which it is logged."""
+    told = _known(error)
+    if told is None:
+        told = _fault(error, reference, NOT_APPLIED if isinstance(error, _NOTHING_DONE) else UNKNOWN)
+    return told
+
+
+_NOTHING_DONE = (TooNew, Corrupt, ConditionFailed)
+
+
+def _known(error: BaseException) -> BatonError | None:  # noqa: PLR0911 - one line a kind
+    """What is not a fault of ours."""
     match error:
         case BatonError():
             return error
@@ -56,12 +67,10 @@ def explain(error: BaseException, reference: Callable[[], str]) -> BatonError:
             return errors.NotOwned("the owner's answer was lost; repeat with the same request_id", applied=UNKNOWN)
         case CallFailed():
             return of_call(error)
-        case TooNew() | Corrupt() | ConditionFailed():
-            return _fault(error, reference, NOT_APPLIED)
         case TimeoutError():
             return errors.TimedOut("the call's time ran out before an answer was known", applied=UNKNOWN)
         case _:
-            return _fault(error, reference, UNKNOWN)
+            return None
 
 
 def of_call(error: CallFailed) -> BatonError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from typing import cast
 
 from baton.errors import of_reason, to_status
 from control_plane.controller import Controller
@@ -26,8 +27,7 @@ class FleetCalls:
         calls.register(LOSE, self._lose)
 
     async def _open(self, payload: bytes, context: CallContext) -> AsyncIterator[bytes]:
-        grant = await self._submit(decode_open(payload), context)
-        assert isinstance(grant, SessionGrant)
+        grant = cast(SessionGrant, await self._submit(decode_open(payload), context))
         fields = {"cluster": grant.cluster, "generation": grant.generation, "resumed": grant.resumed}
         yield json.dumps(fields).encode()
 

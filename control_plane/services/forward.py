@@ -11,7 +11,7 @@ watches who owns the shard; when that changes, the old try counts as lost and th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from baton.clock import Clock, Entropy
@@ -34,7 +34,7 @@ LOOK_SECONDS = 0.5
 """Seconds between looks at who owns the shard while an answer from another replica is awaited."""
 
 _PARKED = frozenset({"NOT_OWNED", "STORE_UNAVAILABLE", "DRAINING"})
-"""Reasons that say nothing about the request: another try may succeed."""
+"""Reasons that say nothing about the request: another try may succeed. Not if the answer says itself when to come again."""
 
 OnAnswer = Callable[[bytes], bytes]
 """Told of every answer passed on; the payload that goes on from there."""
@@ -56,7 +56,7 @@ class Forwarder:
 
     async def stream(
         self, shard: str, method: str, payload: bytes, asked: Asked, on_answer: OnAnswer | None = None
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """The answers of `method` at the owner of `shard`. With `on_answer` a broken stream goes on where it was; without, only
         a call that has answered nothing is tried again. Raises BatonError, its `applied` counting all tries."""
         unclear = False
@@ -72,7 +72,7 @@ class Forwarder:
                 return
             except (BatonError, NotOwned, CallLost, CallFailed, OutcomeUnknown, StoreDown, TimeoutError) as error:
                 told = explain(error, self._reference)
-            if told.reason not in _PARKED:
+            if told.reason not in _PARKED or told.retry_after is not None:
                 raise _final(told, unclear)
             unclear = unclear or told.applied == UNKNOWN
             if suspicion := self._restore_suspected():
@@ -81,7 +81,7 @@ class Forwarder:
                 raise _final(told, unclear)
             await self._clock.sleep(PAUSE * (0.5 + self._entropy.uniform()))
 
-    async def _try(self, shard: str, method: str, payload: bytes, asked: Asked) -> AsyncIterator[bytes]:
+    async def _try(self, shard: str, method: str, payload: bytes, asked: Asked) -> AsyncGenerator[bytes, None]:
         """One try. Raises what `Router.call` raises, and CallLost when the shard changes hands meanwhile."""
         owner = self._router.owner(shard)
         left = asked.left()
@@ -100,13 +100,13 @@ class Forwarder:
                         await asyncio.wait({pending}, timeout=LOOK_SECONDS)
                         if not pending.done():
                             self._look(shard, owner, first_by, asked)
-                    answer = pending.result()
+                    received = pending.result()
                 finally:
                     await _settled(pending)
-                if answer is None:
+                if received is None:
                     return
                 first_by = float("inf")
-                yield answer
+                yield received
 
     def _look(self, shard: str, owner: str | None, first_by: float, asked: Asked) -> None:
         """Whether waiting still makes sense. Raises CallLost, TimeoutError."""

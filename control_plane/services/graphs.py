@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator
+from typing import cast
 
 from baton import names, validate
 from baton.errors import NotFound
@@ -25,7 +26,9 @@ class Graphs:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
 
-    async def put_graph(self, request: graph_pb2.PutGraphRequest, asked: Asked) -> AsyncIterator[graph_pb2.PutGraphResponse]:
+    async def put_graph(
+        self, request: graph_pb2.PutGraphRequest, asked: Asked
+    ) -> AsyncIterator[graph_pb2.PutGraphResponse]:
         """GraphService.PutGraph."""
         request.namespace = request.namespace or names.DEFAULT_NAMESPACE
         shard = shard_of(request.namespace, "")
@@ -40,8 +43,7 @@ class Graphs:
             etag=request.etag,
         )
         reply = await self._desk.submit(shard, command, asked)
-        assert isinstance(reply, tuple)
-        _, version = reply
+        _, version = cast(tuple[str, int], reply)
         view = await self._desk.read(
             shard, lambda machine: machine.graph(request.namespace, request.graph_id, version), asked
         )
@@ -49,7 +51,9 @@ class Graphs:
             raise NotFound(f"version {version} of graph {request.graph_id} is no longer kept")
         yield graph_pb2.PutGraphResponse(graph=translate.graph(view, with_spec=True))
 
-    async def get_graph(self, request: graph_pb2.GetGraphRequest, asked: Asked) -> AsyncIterator[graph_pb2.GetGraphResponse]:
+    async def get_graph(
+        self, request: graph_pb2.GetGraphRequest, asked: Asked
+    ) -> AsyncIterator[graph_pb2.GetGraphResponse]:
         """GraphService.GetGraph."""
         name = names.parse_graph(request.name)
         view = await self._desk.read(
@@ -113,7 +117,7 @@ def check_put(request: graph_pb2.PutGraphRequest, now: float) -> None:
         raise invalid_fields(faults)
 
 
-def check_get(request: graph_pb2.GetGraphRequest, now: float) -> None:
+def check_get(request: graph_pb2.GetGraphRequest, _now: float) -> None:
     """The name of a graph. Raises InvalidField."""
     try:
         names.parse_graph(request.name)
@@ -123,7 +127,7 @@ def check_get(request: graph_pb2.GetGraphRequest, now: float) -> None:
         raise invalid("version", "is negative: use 0 for the newest")
 
 
-def check_list(request: graph_pb2.ListGraphsRequest, now: float) -> None:
+def check_list(request: graph_pb2.ListGraphsRequest, _now: float) -> None:
     """A list of graphs. Raises InvalidField."""
     if request.namespace and (problem := names.id_problem(request.namespace)):
         raise invalid("namespace", problem)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from control_plane.core.model import AttemptState, TaskState
 from control_plane.core.shard import RunShard
 from control_plane.core.views import TaskView
 from control_plane.peers import CallContext, Calls
-from control_plane.services.desk import Desk, shard_of_run
+from control_plane.services.desk import Desk, from_history, shard_of_run
 from control_plane.services.failures import invalid
 from control_plane.services.methods import Asked, decode
 
@@ -111,7 +111,7 @@ class Logs:
         fields: dict[str, Any] = json.loads(await self._desk.forwarder.one(shard, FIND, payload, asked))
         return Place(**fields)
 
-    async def _piece(self, place: Place, offset: int, asked: Asked) -> AsyncIterator[bytes]:
+    async def _piece(self, place: Place, offset: int, asked: Asked) -> AsyncGenerator[bytes, None]:
         """What there is from `offset`, at most PIECE_BYTES; nothing if it has not grown. Raises NotFound, BatonError."""
         tries = 0
         while True:
@@ -136,7 +136,9 @@ class Logs:
                 raise BatonError("NOT_OWNED", f"cluster {name}, which has the output, cannot be reached right now")
             await self._desk.clock.sleep(FOLLOW_PAUSE)
 
-    async def _ask(self, place: Place, replica: str, offset: int, limit: int) -> AsyncIterator[agent_pb2.LogChunk]:
+    async def _ask(
+        self, place: Place, replica: str, offset: int, limit: int
+    ) -> AsyncGenerator[agent_pb2.LogChunk, None]:
         """Chunks of one request, until one says `end`, or silence."""
         token = self._desk.entropy.token(8)
         chunks = self._open[token] = asyncio.Queue(CHUNKS)
@@ -182,7 +184,7 @@ class Logs:
     async def _archived(self, name: names.TaskName, n: int) -> Place:
         """Of a run in history: its nonces are gone, agents find the attempt by the rest."""
         run = await self._desk.must_be_archived(name.parent)
-        task = await self._desk.history.task(run.uid, name.task)
+        task = await from_history(self._desk.history.task(run.uid, name.task))
         if task is None:
             raise NotFound(f"{name.parent} has no task {name.task}")
         attempt = next((each for each in reversed(task.attempts) if n in (0, each.n)), None)
@@ -202,7 +204,7 @@ def _live(uid: str, task: TaskView, n: int) -> Place:
     return Place(uid, task.index, attempt.id.n, attempt.id.nonce, attempt.cluster, ended=ended)
 
 
-def check_logs(request: run_pb2.FollowLogsRequest, now: float) -> None:
+def check_logs(request: run_pb2.FollowLogsRequest, _now: float) -> None:
     """A request for output. Raises InvalidField."""
     try:
         names.parse_task(request.task)

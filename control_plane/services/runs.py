@@ -11,12 +11,11 @@ import asyncio
 import hashlib
 import itertools
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from baton import names
-from baton.errors import NotFound, StoreUnavailable, WrongState
+from baton.errors import NotFound, WrongState
 from baton.names import InvalidName
 from baton.v1 import run_pb2
 from control_plane.core import commands
@@ -24,10 +23,10 @@ from control_plane.core.commands import Refused
 from control_plane.core.model import RUN_SHARDS, TaskState
 from control_plane.core.shard import RunShard
 from control_plane.core.views import RunView, TaskView
-from control_plane.history import HistoryDown, Wanted
+from control_plane.history import Wanted
 from control_plane.peers import CallContext, Calls
 from control_plane.services import pages, translate
-from control_plane.services.desk import Desk, shard_of_run
+from control_plane.services.desk import Desk, from_history, shard_of_run
 from control_plane.services.failures import invalid
 from control_plane.services.methods import (
     DEFAULT_TASK_PAGE,
@@ -41,8 +40,6 @@ LIST = "/baton.internal/ListRuns"
 
 MAX_REASON = 1000
 """Characters of a cancel's reason: it rides in the journal."""
-
-T = TypeVar("T")
 
 _RUN_STATES = frozenset(run_pb2.RunState.values()) - {run_pb2.RUN_STATE_UNSPECIFIED}
 _TASK_STATES = frozenset(run_pb2.TaskState.values()) - {run_pb2.TASK_STATE_UNSPECIFIED}
@@ -119,7 +116,7 @@ class Runs:
             return
         if not live:
             run = await self._desk.must_be_archived(name.parent)
-            task = await _from_history(self._desk.history.task(run.uid, name.task))
+            task = await from_history(self._desk.history.task(run.uid, name.task))
             if task is not None:
                 yield run_pb2.GetTaskResponse(task=task)
                 return
@@ -148,7 +145,7 @@ class Runs:
             )
         else:
             run = await self._desk.must_be_archived(name)
-            tasks = await _from_history(self._desk.history.tasks(run.uid, start, size + 1, states))
+            tasks = await from_history(self._desk.history.tasks(run.uid, start, size + 1, states))
         yield _task_page(tasks, size, question)
 
     # -- lists -------------------------------------------------------------------------------------------------------------
@@ -173,7 +170,7 @@ class Runs:
         )
         found = [run_pb2.ListRunsResponse.FromString(answer) for answer in answers]
         wanted = Wanted(namespace, frozenset(states), labels)
-        past = await _from_history(self._desk.history.runs(wanted, after, size))
+        past = await from_history(self._desk.history.runs(wanted, after, size))
         sources = [Page(each.runs, bool(each.next_page_token)) for each in found]
         page = merge([*sources, Page(past, len(past) == size)], size)
         token = pages.write(page.runs[-1].uid, question) if page.more else ""
@@ -227,12 +224,12 @@ def merge(sources: Sequence[Page], limit: int) -> Page:
     return Page(page.runs, more=page.more or left_out or bool(ends))
 
 
-def check_name(request: run_pb2.GetRunRequest | run_pb2.WatchRunRequest, now: float) -> None:
+def check_name(request: run_pb2.GetRunRequest | run_pb2.WatchRunRequest, _now: float) -> None:
     """The name of a run. Raises InvalidField."""
     _check(request.name, "name", names.parse_run)
 
 
-def check_task(request: run_pb2.GetTaskRequest, now: float) -> None:
+def check_task(request: run_pb2.GetTaskRequest, _now: float) -> None:
     """The name of a task. Raises InvalidField."""
     _check(request.name, "name", names.parse_task)
 
@@ -245,7 +242,7 @@ def check_cancel(request: run_pb2.CancelRunRequest, now: float) -> None:
         raise invalid("reason", f"has {len(request.reason)} characters: use at most {MAX_REASON}")
 
 
-def check_list_tasks(request: run_pb2.ListTasksRequest, now: float) -> None:
+def check_list_tasks(request: run_pb2.ListTasksRequest, _now: float) -> None:
     """A list of tasks; its token too, so that a bad one is refused before anybody is asked. Raises InvalidField."""
     _check(request.run, "run", names.parse_run)
     page_size(request.page_size, DEFAULT_TASK_PAGE)
@@ -254,7 +251,7 @@ def check_list_tasks(request: run_pb2.ListTasksRequest, now: float) -> None:
     _index(pages.read(request.page_token, question))
 
 
-def check_list_runs(request: run_pb2.ListRunsRequest, now: float) -> None:
+def check_list_runs(request: run_pb2.ListRunsRequest, _now: float) -> None:
     """A list of runs. Raises InvalidField."""
     if request.namespace and (problem := names.id_problem(request.namespace)):
         raise invalid("namespace", problem)
@@ -297,11 +294,3 @@ def _task_page(tasks: Iterable[run_pb2.TaskStatus], size: int, question: str) ->
             break
         response.tasks.append(task)
     return response
-
-
-async def _from_history(asking: Awaitable[T]) -> T:
-    """An answer of history. Raises StoreUnavailable."""
-    try:
-        return await asking
-    except HistoryDown as error:
-        raise StoreUnavailable("the history of finished runs does not answer") from error

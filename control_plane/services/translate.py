@@ -124,7 +124,7 @@ def graph_spec(tasks: Sequence[GraphTask]) -> graph_pb2.GraphSpec:
         message = spec.tasks.add(
             id=task.id,
             parents=[tasks[parent].id for parent in task.parents],
-            trigger_rule=int(value.trigger),  # type: ignore[arg-type]  # equal numbers, by contract of core.model
+            trigger_rule=int(value.trigger),  # equal numbers, by contract of core.model
             resources=graph_pb2.Resources(
                 cpu_millis=value.resources.cpu_millis,
                 memory_bytes=value.resources.memory_bytes,
@@ -144,7 +144,7 @@ def graph_spec(tasks: Sequence[GraphTask]) -> graph_pb2.GraphSpec:
                 max_infrastructure_losses=value.retry.max_infrastructure_losses,
             ),
             timeout=duration(value.timeout),
-            on_cluster_lost=int(value.on_cluster_lost),  # type: ignore[arg-type]  # as above
+            on_cluster_lost=int(value.on_cluster_lost),
             hedge=value.hedge,
             expected_duration=duration(value.expected),
             process=graph_pb2.ProcessTask(argv=value.argv, env=dict(value.env)),

@@ -15,15 +15,14 @@ from dataclasses import replace
 from functools import partial
 
 from baton import names
-from baton.errors import StoreUnavailable, WatchCompacted
+from baton.errors import WatchCompacted
 from baton.v1 import run_pb2
 from control_plane.controller import OwnedShard
 from control_plane.core.commands import Outbox
 from control_plane.core.shard import RunShard
 from control_plane.core.views import RunEventView, RunView
-from control_plane.history import HistoryDown
 from control_plane.services import translate
-from control_plane.services.desk import Desk, shard_of_run
+from control_plane.services.desk import Desk, from_history, shard_of_run
 from control_plane.services.failures import invalid
 from control_plane.services.methods import Asked
 from control_plane.services.runs import check_name
@@ -137,10 +136,8 @@ class Watches:
         """A run in history: what is kept, and the end."""
         run = await self._desk.must_be_archived(name)
         _check_number(after, run.event_number)
-        try:
-            kept = [event for event in await self._desk.history.events(run.uid) if event.number > after]
-        except HistoryDown as error:
-            raise StoreUnavailable("the history of finished runs does not answer") from error
+        events = await from_history(self._desk.history.events(run.uid))
+        kept = [event for event in events if event.number > after]
         if after < run.event_number and (not kept or kept[0].number != after + 1):
             raise WatchCompacted(f"event {after + 1} of {name} is no longer kept: read the run and its tasks anew")
         parts = list(in_messages(kept))
@@ -176,9 +173,7 @@ def in_messages(events: Sequence[run_pb2.RunEvent]) -> Iterator[Sequence[run_pb2
         yield events[start:]
 
 
-def _news(
-    machine: RunShard, uid: str, after: int
-) -> tuple[RunView | None, list[RunEventView] | None, dict[int, str]]:
+def _news(machine: RunShard, uid: str, after: int) -> tuple[RunView | None, list[RunEventView] | None, dict[int, str]]:
     """The run, a bounded part of its events above `after`, and the ids of the tasks they speak of."""
     view = machine.run_by_uid(uid)
     if view is None:

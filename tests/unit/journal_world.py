@@ -142,7 +142,7 @@ class Replica:
     def __init__(self, server: MemoryEtcd, name: str, config: CycleConfig | None = None, **options: Any) -> None:
         self.name, self.server = name, server
         self.faults, self.clock, self.ear = Faults(), VirtualClock(), Ear()
-        self.entropy = SeededEntropy(f"{name}-{id(server)}-{len(server.keyspace.live)}")
+        self.entropy = SeededEntropy(f"{name}-{server.keyspace.revision}")
         self.store = MemoryStore(server, faults=self.faults, clock=self.clock)
         self.good = True
         self.controller = Controller(
@@ -170,10 +170,8 @@ class Replica:
             assert await self.controller.take(shard)
         return self
 
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(work)
-        self.tasks.append(task)
-        return task
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        self.tasks.append(asyncio.get_running_loop().create_task(work))
 
     async def ask(self, shard: str, name: str, timeout: float = 60.0, **more: Any) -> Any:
         return await self.controller.submit(shard, add(name), timeout=timeout, **more)
@@ -207,7 +205,8 @@ class Member(Replica):
 
     async def join(self) -> Member:
         self.spawn(self.controller.run())
-        self.serving = self.spawn(self.ownership.run())
+        self.serving = asyncio.get_running_loop().create_task(self.ownership.run())
+        self.tasks.append(self.serving)
         return self
 
     def mine(self) -> set[str]:

@@ -175,9 +175,9 @@ def test_j11_versions_of_envelope_batch_and_manifest() -> None:
         BatchReader().take(pb.Envelope(format=2).SerializeToString())
     with pytest.raises(TooNew):
         BatchReader().take(pb.Envelope(format=1, key_id="k").SerializeToString())
+    batch = pb.StoredBatch(feature_level=FEATURE_LEVEL + 1).SerializeToString()
     with pytest.raises(TooNew, match=f"feature level {FEATURE_LEVEL + 1}"):
-        batch = pb.StoredBatch(feature_level=FEATURE_LEVEL + 1)
-        BatchReader().take(pb.Envelope(format=1, payload=batch.SerializeToString(), parts=1).SerializeToString())
+        BatchReader().take(pb.Envelope(format=1, payload=batch, parts=1).SerializeToString())
     with pytest.raises(TooNew):
         Manifest.parse(pb.SnapshotManifest(format=1, feature_level=FEATURE_LEVEL + 1).SerializeToString())
     for value in (b"\xff", pb.Envelope(format=1, compression=1, payload=b"no zlib").SerializeToString()):

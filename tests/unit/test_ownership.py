@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 
 import pytest
 
 from control_plane.codec import FEATURE_LEVEL
 from control_plane.core.model import ALL_SHARDS
 from control_plane.core.ring import owners
-from control_plane.ownership import CLOCK_RATE, ELECTION, OwnershipConfig
-from control_plane.refusals import IncompatibleFederation, NotOwned
+from control_plane.ownership import CLOCK_RATE, ELECTION, OwnershipConfig, Tenure
+from control_plane.refusals import IncompatibleFederation, NotOwned, OutcomeUnknown
 from control_plane.registration import join_federation, raise_feature_level
 from control_plane.store import keys
-from control_plane.store.base import Put, Txn
+from control_plane.store.base import Lease, Put, Txn
 from control_plane.store.memory import CallFault, KeepaliveFault, MemoryEtcd, Outcome
 from tests.unit.journal_world import LOST_REPLY, LOST_REQUEST, Member, Replica, add, names, story, until
 
@@ -114,6 +115,18 @@ async def test_o4_leaving_lets_go_of_everything_quickly(server: MemoryEtcd) -> N
 
 
 @story
+async def test_o4_leaving_does_not_wait_for_ever_for_a_store_that_is_down(server: MemoryEtcd) -> None:
+    a = await Member(server, "a").join()
+    await until(lambda: a.mine() == EVERYTHING)
+    server.lose_quorum()
+    call = asyncio.create_task(a.ask("00", "x"))
+    await asyncio.sleep(0.1)
+    await asyncio.wait_for(a.ownership.leave(), 30)
+    with pytest.raises(OutcomeUnknown):
+        await call
+
+
+@story
 async def test_o1_a_restarted_replica_does_not_take_its_former_lifes_keys_for_its_own(server: MemoryEtcd) -> None:
     a = await Member(server, "a").join()
     await until(lambda: a.mine() == EVERYTHING)
@@ -171,17 +184,40 @@ async def test_o3_after_a_pause_that_cost_the_lease_the_shards_are_taken_anew(se
 
 
 @story
-async def test_o3_a_lapse_that_nobody_looked_at_is_noticed(server: MemoryEtcd) -> None:
-    """The replica was suspended longer than its lease was surely good, and the keeper renewed before anybody asked."""
+async def test_o3_a_suspended_replica_resumes_after_a_check(server: MemoryEtcd) -> None:
     a = await Member(server, "a").join()
     await until(lambda: a.mine() == EVERYTHING)
-    tenure = a.ownership._tenure
-    assert tenure is not None
     assert a.ownership.lease_good()
     a.clock.step_boot(4.0)
     assert not a.ownership.lease_good()
     await until(a.ownership.lease_good, 5)
     assert await a.ask("00", "x") == 1
+
+
+class Acks:
+    """A keeper whose acknowledgements are told."""
+
+    def __init__(self) -> None:
+        self.last_ack_sent, self.lost = -math.inf, False
+
+    def start(self, lease: Lease) -> None: ...
+    def tick(self) -> None: ...
+    async def stop(self) -> None: ...
+
+
+def test_o3_a_lapse_that_nobody_looked_at_is_noticed() -> None:
+    """A renewal that was sent after the one before had run out says nothing about the time between."""
+    keeper = Acks()
+    span = 5 * (1 - CLOCK_RATE) - ELECTION
+    tenure = Tenure(Lease(1, 5.0), keeper, since=100.0)
+    assert tenure.good(101.0)
+    keeper.last_ack_sent = 100.0 + span - 0.1
+    assert tenure.good(100.0 + span + 0.1)
+    keeper.last_ack_sent += span + 0.1
+    assert not tenure.good(keeper.last_ack_sent + 0.1)
+    assert tenure.fresh(keeper.last_ack_sent + 0.1), "a resume may be tried"
+    keeper.lost = True
+    assert not tenure.fresh(keeper.last_ack_sent + 0.1)
 
 
 @story

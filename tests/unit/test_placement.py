@@ -49,6 +49,8 @@ class Wire:
         self.demands: list[pb.Demand] = []
         self.grants: list[pb.Grants] = []
         self.lose: Callable[[pb.PeerMessage], bool] = lambda message: False
+        self.delays: list[tuple[float, ...]] = []
+        """Of the next grants: when each copy arrives."""
 
     def to_owner(self, shard: str, message: pb.PeerMessage) -> bool:
         kind = message.WhichOneof("message")
@@ -59,7 +61,9 @@ class Wire:
         if self.lose(message):
             return False
         handler: Any = self.take_demand if kind == "demand" else self.take_grants
-        asyncio.get_running_loop().call_later(HOP, handler, getattr(message, str(kind)))
+        delays = self.delays.pop(0) if kind == "grants" and message.grants.grants and self.delays else (HOP,)
+        for delay in delays:
+            asyncio.get_running_loop().call_later(delay, handler, getattr(message, str(kind)))
         return True
 
     def on_demand(self, handler: Callable[[pb.Demand], None]) -> None:
@@ -196,6 +200,49 @@ def test_c1_nothing_is_permitted_twice_although_messages_cross() -> None:
         await world.clock.sleep(5.0)
         assert sum(world.live(shard).get("eu", 0) for shard in world.shards) == 8
         assert world.granted() == 8
+
+    story(play)
+
+
+def test_c1_permissions_that_arrive_twice_or_late_are_used_once() -> None:
+    async def play(world: World) -> None:
+        await world.cluster("eu", 4)
+        await world.take("00")
+        world.wire.delays = [(HOP, HOP)]
+        await world.submit_run(20)
+        await world.clock.sleep(3.0)
+        assert world.live() == {"eu": 4}
+
+    story(play)
+
+    async def late(world: World) -> None:
+        await world.cluster("eu", 4)
+        await world.take("00")
+        world.wire.delays = [(1.0,), (0.4,), (0.55,)]  # after the next Demand, and the one after that
+        await world.submit_run(20)
+        await world.clock.sleep(5.0)
+        assert world.live() == {"eu": 4}
+
+    story(late)
+
+
+def test_c1_nothing_is_wanted_anew_while_permissions_are_being_bound() -> None:
+    async def play(world: World) -> None:
+        await world.cluster("eu", 4)
+        await world.take("00")
+        before = world.controller.submit
+
+        async def slow(shard: str, command: Any, **more: Any) -> Any:
+            if isinstance(command, TakeGrants) and command.grants:
+                await world.clock.sleep(1.2)
+            return await before(shard, command, **more)
+
+        world.controller.submit = slow  # type: ignore[method-assign]
+        await world.submit_run(20)
+        await world.clock.sleep(0.1)
+        await world.submit_run(20, name="more")
+        await world.clock.sleep(5.0)
+        assert world.live() == {"eu": 4}
 
     story(play)
 

@@ -168,7 +168,7 @@ async def test_j9_a_large_state_lies_in_many_chunks(server: MemoryEtcd) -> None:
     a = await Replica(server, "a").start("00")
     await asked(a, *(f"big:{3000 + n}" for n in range(4)))
     report = await snapshotter(a).snapshot(job_of(a))
-    assert len(chunks(server)) == -(-report.bytes // CHUNK_BYTES) > 2
+    assert len(chunks(server)) == -(-report.size // CHUNK_BYTES) > 2
     b = await successor(server, a, "b")
     assert len(await b.controller.read("00", names, timeout=5.0)) == 4 * 3000 + 6
 
@@ -254,7 +254,7 @@ def test_jobs_and_reports_cross_the_pipe() -> None:
     job, report = Job("00", '{"replica":"a","nonce":"n"}', 3), Report(5, 6, 7)
     assert parse_job(describe(job)) == job
     assert parse_answer(answer(report)) == report
-    with pytest.raises(Unavailable, match="died"):
+    with pytest.raises(Unavailable, match="cut short"):
         parse_answer(b"")
 
 
@@ -263,7 +263,7 @@ import sys
 for line in sys.stdin:
     if "die" in line:
         sys.exit(1)
-    print('{"seq": 1, "bytes": 2, "revision": 3}', flush=True)
+    print('{"seq": 1, "size": 2, "revision": 3}', flush=True)
 """
 
 

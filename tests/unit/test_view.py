@@ -191,7 +191,7 @@ def test_a_view_lists_what_was_there_and_follows_what_comes() -> None:
         gone += [keys.session_owner("u-eu"), keys.session_beat("u-eu")]
         await store.txn(Txn([], [Delete(key) for key in gone]), timeout=1.0)
         await settle()
-        assert not (view.members or view.owners or view.sessions or view.beats or view.restore_suspected)
+        assert (view.members, view.owners, view.sessions, view.beats, view.restore_suspected) == ({}, {}, {}, {}, "")
         following.cancel()
 
     story(main())
@@ -219,6 +219,24 @@ def test_a_view_gets_over_refused_listings_and_bad_watches(watches: list[WatchFa
         await writer.txn(Txn([], [Delete(keys.member("gone"))]), timeout=1.0)
         await asyncio.sleep(10.0)
         assert set(view.members) == {"r1"}
+        following.cancel()
+
+    story(main())
+
+
+def test_what_is_told_twice_is_heard_once() -> None:
+    async def main() -> None:
+        clock = VirtualClock()
+        server = MemoryEtcd(clock)
+        store = MemoryStore(server)
+        view = View(MemoryStore(server, faults=Faults(watches=[WatchFault(duplicate=True)])), clock)
+        following = asyncio.create_task(view.run())
+        await view.ready()
+        topics: list[str] = []
+        view.subscribe(topics.append)
+        await put(store, (keys.member("r1"), b'{"address": "a:1"}'))
+        await settle()
+        assert topics == ["members"]
         following.cancel()
 
     story(main())

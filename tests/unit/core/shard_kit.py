@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from control_plane.core.commands import (
     CancelRun,
@@ -215,6 +216,6 @@ class Shard:
         self.settled()
 
 
-def task(name: str, *parents: int, spec: TaskSpec = SPEC, **changes: object) -> GraphTask:
+def task(name: str, *parents: int, spec: TaskSpec = SPEC, **changes: Any) -> GraphTask:
     """A node; keyword arguments change its spec."""
-    return GraphTask(name, parents, replace(spec, **changes) if changes else spec)  # type: ignore[arg-type]
+    return GraphTask(name, parents, replace(spec, **changes) if changes else spec)

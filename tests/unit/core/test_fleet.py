@@ -226,6 +226,27 @@ def test_s7_two_of_three_within_the_window_hold_from_the_first_loss_once(told: T
     assert [e for e, _ in told.log if isinstance(e, ev.StormHeld)] == [ev.StormHeld(1040.0)]
 
 
+def test_s7_more_losses_inside_a_storm_do_not_prolong_it(told: Told) -> None:
+    for name in "abcde":
+        told.open(name)
+    for name in "abcd":
+        told.lose(name)
+        told.wall += 10.0
+    assert storm_of(told) == 1040.0
+    assert sum(isinstance(e, ev.StormHeld) for e, _ in told.log) == 1
+
+
+def test_s7_a_loss_of_an_old_storm_starts_no_new_one(told: Told) -> None:
+    for name in "abc":
+        told.open(name)
+    told.lose("a")
+    told.wall = 1020.0
+    told.lose("b")
+    told.wall = 1040.0
+    told.lose("c")
+    assert storm_of(told) == 1040.0
+
+
 def test_s7_exactly_a_third_is_not_more_than_a_third(told: Told) -> None:
     for name in "abcdef":
         told.open(name)
@@ -288,7 +309,9 @@ def uuid7(wall: float, tail: int = 0) -> str:
     return f"{digits[:8]}-{digits[8:]}-7000-8000-{tail:012x}"
 
 
-def cordon(request: str, admission: Admission = Admission.CORDONED, digest: str = "d", name: str = "eu") -> SetAdmission:
+def cordon(
+    request: str, admission: Admission = Admission.CORDONED, digest: str = "d", name: str = "eu"
+) -> SetAdmission:
     return SetAdmission(Request(request, digest), name, admission)
 
 

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from control_plane.core.commands import Archived, CancelRun, CreateRun, Finish, PutGraph, PutNamespace, Refused
-from control_plane.core.commands import TakeReports, Tick
+from control_plane.core.commands import (
+    Archived,
+    CancelRun,
+    CreateRun,
+    Finish,
+    PutGraph,
+    PutNamespace,
+    Refused,
+    TakeReports,
+    Tick,
+)
 from control_plane.core.events import (
     AttemptsFinished,
     AttemptsPlaced,

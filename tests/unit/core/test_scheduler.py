@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from control_plane.core.capacity import Room, Shape, need_of
 from control_plane.core.model import Admission, ClusterFacts, Generation, Group, Health, Resources
-from control_plane.core.offers import Granted, Holding, Offer, Snapshot, Want
-from control_plane.core.scheduler import MAX_GRANT, Plan, place
+from control_plane.core.offers import Granted, Holding, Offer, Plan, Snapshot, Want
+from control_plane.core.scheduler import MAX_GRANT, place
 
 NOW = 1000.0
 GIB = 1 << 30
@@ -123,9 +123,7 @@ def test_fairness_is_of_the_dominant_resource() -> None:
 
 def test_what_is_held_counts_so_a_late_comer_catches_up() -> None:
     first, late = group("first"), group("late")
-    plan = plan_of(
-        [cluster("eu", nodes(1, 4, total=12))], [want(first, 9), want(late, 9)], holdings=(held(first, 8),)
-    )
+    plan = plan_of([cluster("eu", nodes(1, 4, total=12))], [want(first, 9), want(late, 9)], holdings=(held(first, 8),))
     assert got(plan, want(first, 9)) == 0
     assert got(plan, want(late, 9)) == 4
 
@@ -256,7 +254,7 @@ def test_cost_does_not_depend_on_the_number_of_tasks() -> None:
     room = Room([nodes(1000, 64), nodes(500, 32)])
     assert room.take(need_of(Resources(1000)), 70_000) == 70_000
     assert room.fit(need_of(Resources(1000))) == 10_000
-    assert len(list(room._all())) <= 4
+    assert len(room.classes()) <= 4
 
 
 # -- properties -------------------------------------------------------------------------------------------------------
@@ -325,7 +323,7 @@ def rooms_of(offers: list[Offer]) -> dict[str, Room]:
         room = rooms[offer.facts.uid] = Room(offer.shapes or ())
         for resources, count in offer.changes:
             if count > 0:
-                room.charge(need_of(resources), count)
+                room.take(need_of(resources), count)
             else:
                 room.give(need_of(resources), -count)
     return rooms
@@ -354,12 +352,12 @@ def test_no_cluster_gets_more_than_it_holds_or_what_it_must_not(offers: list[Off
         of = by_key[grant.shard, grant.key].group
         assert grant.count > 0
         assert allowed(of, by_uid[grant.cluster])
-        for name, amount in need_of(of.resources).items():
+        for name, amount in need_of(of.resources):
             demanded[grant.cluster][name] += amount * grant.count
-            assert any(free.get(name, 0) >= amount for _, free in rooms_of(offers)[grant.cluster]._all())
+            assert any(free.get(name, 0) >= amount for _, free in rooms_of(offers)[grant.cluster].classes())
     for uid, needs in demanded.items():
         for name, amount in needs.items():
-            free = sum(count * vector.get(name, 0) for count, vector in rooms_of(offers)[uid]._all())
+            free = sum(count * vector.get(name, 0) for count, vector in rooms_of(offers)[uid].classes())
             assert amount <= free, f"{uid} has {free} of {name}, {amount} were granted"
     for (shard, key), w in by_key.items():
         assert sum(g.count for g in plan.grants if (g.shard, g.key) == (shard, key)) <= w.count

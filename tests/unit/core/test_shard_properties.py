@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -21,6 +22,7 @@ from control_plane.core.model import (
     OnClusterLost,
     Outcome,
     RetryPolicy,
+    RunState,
     TaskSpec,
     TaskState,
     TriggerRule,
@@ -103,10 +105,12 @@ class ShardMachine(RuleBasedStateMachine):
         if not really:
             return
         uid = f"r{data.draw(st.integers(1, self.runs))}"
-        try:
+        view = self.shard.machine.run_by_uid(uid)
+        if view is None or (view.state.final and view.state is not RunState.CANCELLED):
+            with pytest.raises(Refused):
+                self.shard.cancel(uid)
+        else:
             self.shard.cancel(uid)
-        except Refused as refused:
-            assert refused.reason in ("WRONG_STATE", "NOT_FOUND")
 
     @rule()
     def archive(self) -> None:
@@ -119,7 +123,9 @@ class ShardMachine(RuleBasedStateMachine):
 
     # --- agents speak, also twice, late and out of order --------------------------------------------------------------
     @precondition(lambda self: self.known)
-    @rule(data=st.data(), outcome=st.sampled_from([Outcome.SUCCEEDED, Outcome.SUCCEEDED, *Outcome]), again=st.booleans())
+    @rule(
+        data=st.data(), outcome=st.sampled_from([Outcome.SUCCEEDED, Outcome.SUCCEEDED, *Outcome]), again=st.booleans()
+    )
     def finished(self, data: st.DataObject, outcome: Outcome, again: bool) -> None:
         id_ = data.draw(st.sampled_from(self.known))
         report = Finish(id_, outcome, 0, f"{id_.task}.{id_.n}".encode(), "said", self.shard.now, self.shard.now)
@@ -169,7 +175,9 @@ class ShardMachine(RuleBasedStateMachine):
         assert not set(verdict.resend) & listed
 
     # --- fleet decides ------------------------------------------------------------------------------------------------
-    @rule(cluster=st.sampled_from(CLUSTERS), evidence=st.sampled_from([Evidence.REPORTED, Evidence.TIMED, Evidence.NONE]))
+    @rule(
+        cluster=st.sampled_from(CLUSTERS), evidence=st.sampled_from([Evidence.REPORTED, Evidence.TIMED, Evidence.NONE])
+    )
     def lose(self, cluster: str, evidence: Evidence) -> None:
         row = self.shard.table.clusters[cluster]
         ended = replace(row.generations[-1], evidence=evidence)
@@ -195,6 +203,16 @@ class ShardMachine(RuleBasedStateMachine):
                 self.shard.settled()
         for other in CLUSTERS:
             self.shard.grant(other, 3)
+
+    @rule(data=st.data(), cluster=st.sampled_from(CLUSTERS), fence=st.booleans(), reboot=rarely)
+    def bounce(self, data: st.DataObject, cluster: str, fence: bool, reboot: bool) -> None:
+        """A whole story, which single steps tell too seldom: lost, perhaps fenced and replaced, back, and listed."""
+        self.lose(cluster, data.draw(st.sampled_from([Evidence.TIMED, Evidence.NONE])))
+        if fence:
+            self.guard_over(cluster)
+        self.placements_are_allowed()
+        self.come_back(cluster, reboot, False, False)
+        self.inventory(data, cluster, True)
 
     @rule(cluster=st.sampled_from(CLUSTERS), health=st.sampled_from([Health.READY, Health.SUSPECT]))
     def suspect(self, cluster: str, health: Health) -> None:
@@ -275,6 +293,6 @@ class ShardMachine(RuleBasedStateMachine):
 
 
 ShardMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=120, stateful_step_count=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestShard = ShardMachine.TestCase

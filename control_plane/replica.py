@@ -1,0 +1,287 @@
+"""One replica: every loop, wired once, owned by one task group (DESIGN 2).
+
+Theory. `Replica` knows ports, not adapters: the process gives it etcd, gRPC peers and SQLite (`control_plane.__main__`), the
+simulator a store and a network in memory; everything between is the same code. The order of a life is: join the federation,
+run all loops, become ready once the small keys were listed and the registration stands; at the end turn callers and agents away,
+hand over the shards, and only then stop (PROTOCOL O4). A loop that fails ends the replica: half a replica would hold leases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from baton.clock import Clock, Entropy
+from baton.errors import BatonError
+from baton.internal import peer_pb2
+from baton.leases import PROFILES, LeaseValues
+from baton.v1 import agent_pb2
+from control_plane.archiver import Archiver, Translator
+from control_plane.codec import FEATURE_LEVEL
+from control_plane.controller import Controller
+from control_plane.core.fleet import Fleet
+from control_plane.core.machine import Machine
+from control_plane.core.model import FLEET
+from control_plane.core.shard import RunShard
+from control_plane.dispatcher import Dispatcher
+from control_plane.fleet_keys import side_puts
+from control_plane.fleet_watch import FleetWatch
+from control_plane.guard_wait import GuardWait
+from control_plane.history import History
+from control_plane.ownership import Ownership, OwnershipConfig
+from control_plane.peers import Calls, Peers
+from control_plane.placement import Placement
+from control_plane.registration import Federation, join_federation
+from control_plane.router import Router
+from control_plane.services import translate
+from control_plane.services.admin import Snapshot
+from control_plane.services.desk import Desk
+from control_plane.services.failures import peer_failure
+from control_plane.services.fleet_calls import FleetCalls
+from control_plane.services.forward import Forwarder
+from control_plane.services.methods import Asked
+from control_plane.services.table import Services
+from control_plane.sessions import Refuse, Sessions, SessionsConfig
+from control_plane.snapshots import Snapshots, Snapshotter
+from control_plane.store.base import Store, StoreError
+from control_plane.store.keeper import LeaseKeeper
+from control_plane.view import MemberInfo, View
+
+log = logging.getLogger(__name__)
+
+JOIN_PAUSE = 0.5
+"""Seconds between tries to join while the store does not answer."""
+
+LEAVE_SECONDS = 10.0
+"""Seconds for handing over all shards; after it the lease is left to expire, which takes about as long."""
+
+WEIGHTS_INTERVAL = 10.0
+"""Seconds between looks at namespaces' weights where placement is led: how late a changed weight takes effect."""
+
+WEIGHTS_SECONDS = 5.0
+"""Seconds for one such look."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What others shall know of a replica."""
+
+    replica: str
+    address: str
+    lease_ttl: float = 5.0
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The adapters of one replica."""
+
+    store: Store
+    make_keeper: Callable[[], LeaseKeeper]
+    make_peers: Callable[[View], Peers]
+    clock: Clock
+    entropy: Entropy
+    history: History
+    snapshotter: Snapshotter | None = None
+    """Without one logs grow: for short lives only."""
+    backup: Snapshot | None = None
+    """A consistent backup of the store, if the adapter offers one."""
+
+
+def make_machine(shard: str) -> Machine:
+    """An empty machine of the right kind."""
+    return Fleet() if shard == FLEET else RunShard()
+
+
+class Replica:
+    """One replica. `start` once; then `services` and `sessions` serve the edges until `stop`."""
+
+    def __init__(self, identity: Identity, parts: Parts) -> None:
+        self.identity, self.parts = identity, parts
+        self.federation: Federation
+        self.view: View
+        self.controller: Controller
+        self.router: Router
+        self.calls: Calls
+        self.forwarder: Forwarder
+        self.ownership: Ownership
+        self.sessions: Sessions
+        self.dispatcher: Dispatcher
+        self.services: Services
+        self._loops: asyncio.Task[None] | None = None
+        self._weights: dict[str, float] = {}
+
+    async def start(self) -> None:
+        """Join the federation, waiting for the store as long as it takes, and start all loops. Raises IncompatibleFederation,
+        Corrupt."""
+        parts = self.parts
+        while True:
+            try:
+                self.federation = await join_federation(parts.store, parts.clock, parts.entropy)
+                break
+            except StoreError as error:
+                log.warning("waiting for the store", extra={"error": str(error)})
+                await parts.clock.sleep(JOIN_PAUSE)
+        self._wire()
+        self._loops = asyncio.get_running_loop().create_task(self._run())
+
+    async def ready(self) -> None:
+        """Wait until it takes part: the small keys are listed, the registration stands. Ends too when a loop has failed; `run`
+        tells."""
+        loops = self._started()
+
+        async def takes_part() -> None:
+            await self.view.ready()
+            await self.ownership.joined.wait()
+
+        waiting = asyncio.get_running_loop().create_task(takes_part())
+        try:
+            await asyncio.wait({waiting, loops}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+
+    @property
+    def running(self) -> bool:
+        """All loops run."""
+        return self._loops is not None and not self._loops.done()
+
+    async def run(self) -> None:
+        """Wait until a loop fails, and raise what it raised; or until `stop`."""
+        loops = self._started()
+        try:
+            await asyncio.shield(loops)
+        except asyncio.CancelledError:
+            if not loops.cancelled():
+                raise
+
+    async def stop(self) -> None:
+        """Leave in order: agents are sent elsewhere, shards are handed over, then everything ends (O4)."""
+        if self._loops is not None and not self._loops.done():
+            self.sessions.drain()
+            try:
+                async with asyncio.timeout(LEAVE_SECONDS):
+                    await self.ownership.leave()
+            except TimeoutError:
+                log.warning("shards could not be handed over in time; the lease is left to expire")
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End all loops at once, handing over nothing."""
+        if self._loops is not None:
+            self._loops.cancel()
+            await asyncio.wait({self._loops})
+
+    def _started(self) -> asyncio.Task[None]:
+        if self._loops is None:
+            raise RuntimeError("the replica has not been started")
+        return self._loops
+
+    # -- wiring ------------------------------------------------------------------------------------------------------------
+
+    def _wire(self) -> None:
+        """Make every part, lower ones first. Listeners hear of a batch in the order in which they are named here: what is sent to
+        agents comes before what is asked of the leader."""
+        parts, me = self.parts, self.identity
+        store, clock, entropy = parts.store, parts.clock, parts.entropy
+        self.view = view = View(store, clock)
+        self.controller = controller = Controller(
+            store=store,
+            clock=clock,
+            entropy=entropy,
+            replica=me.replica,
+            make_machine=make_machine,
+            side_puts=side_puts,
+        )
+        controller.restore.federation_uid = self.federation.uid
+        peers = parts.make_peers(view)
+        self.calls = calls = Calls(peers, entropy, peer_failure(entropy))
+        self.router = router = Router(me.replica, peers, calls, view, controller)
+        self.forwarder = Forwarder(router, clock, entropy, lambda: view.restore_suspected)
+        self.ownership = Ownership(
+            store=store,
+            make_keeper=parts.make_keeper,
+            clock=clock,
+            entropy=entropy,
+            controller=controller,
+            member=MemberInfo(me.replica, me.address, me.version, FEATURE_LEVEL, clock.wall()),
+            config=OwnershipConfig(lease_ttl=me.lease_ttl),
+        )
+        sessions = SessionsConfig(self.federation.uid, _leases, self._check_marks)
+        self.sessions = Sessions(store, clock, entropy, router, view, sessions)
+        self.dispatcher = Dispatcher(controller, router, calls, view, clock, self.federation.uid)
+        self._placement = Placement(
+            clock, controller, view, router, pending=self.dispatcher.pending, weights=lambda: self._weights
+        )
+        self._fleet_watch = FleetWatch(store, clock, controller)
+        self._guard_wait = GuardWait(clock, controller, view)
+        FleetCalls(controller, calls)
+        desk = Desk(controller, self.forwarder, router, view, parts.history, clock, entropy)
+        self.services = Services(desk, confirm_restored=controller.restore.confirm_restored, snapshot=parts.backup)
+        self.services.serve_peers(calls)
+        self._archiver = Archiver(parts.history, controller, clock, _translator(desk))
+        self._snapshots = Snapshots(store, clock, controller, parts.snapshotter) if parts.snapshotter else None
+        router.on_from_cluster(self._from_cluster)
+        for listener in (self.dispatcher, self._placement, self._fleet_watch, self._guard_wait, self.services.bells):
+            controller.listen(listener)
+
+    async def _run(self) -> None:
+        """All loops, until cancelled or until one fails."""
+        loops: Sequence[object] = (
+            self.view,
+            self.controller,
+            self.ownership,
+            self.sessions,
+            self.dispatcher,
+            self._placement,
+            self._fleet_watch,
+            self._guard_wait,
+            self._archiver,
+            *((self._snapshots,) if self._snapshots else ()),
+        )
+        async with asyncio.TaskGroup() as group:
+            for loop in loops:
+                group.create_task(loop.run(), name=type(loop).__name__)  # type: ignore[attr-defined]
+            group.create_task(self._learn_weights(), name="weights")
+
+    def _from_cluster(self, replica: str, message: peer_pb2.FromCluster) -> None:
+        """Output goes to its reader, everything else to the dispatcher."""
+        if message.HasField("log"):
+            self.services.logs.receive(message.log)
+        else:
+            self.dispatcher.receive(replica, message)
+
+    async def _check_marks(self, marks: list[agent_pb2.ShardMark], federation_uid: str) -> bool:
+        """An agent's marks (J12). A store that does not answer proves nothing: the agent comes again."""
+        try:
+            return await self.controller.restore.check_marks(marks, federation_uid)
+        except StoreError as error:
+            raise Refuse("UNAVAILABLE", "the store does not answer", 1.0) from error
+
+    async def _learn_weights(self) -> None:
+        """Namespaces' weights, where placement is led (C1). They live on many shards, so they are asked for now and then."""
+        clock = self.parts.clock
+        while True:
+            await clock.sleep(WEIGHTS_INTERVAL)
+            if FLEET not in self.controller.owned():
+                continue
+            asked = Asked("weights", "", clock.boot() + WEIGHTS_SECONDS, clock)
+            try:
+                self._weights = await self.services.weights(asked)
+            except BatonError as error:
+                log.info("weights of namespaces are not known now", extra={"error": str(error)})
+
+
+def _leases(profile: str) -> LeaseValues:
+    """Raises KeyError."""
+    return PROFILES[profile]
+
+
+def _translator(desk: Desk) -> Translator:
+    """How the archiver makes public messages."""
+    return Translator(
+        run=translate.run,
+        task=lambda view, incarnation: translate.task(view, incarnation, desk.cluster_name),
+        event=lambda view, task_id: translate.run_event(view, task_id, desk.cluster_name),
+    )

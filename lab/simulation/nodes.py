@@ -1,0 +1,158 @@
+"""Processes inside one process: every callback belongs to a node, and a node can be frozen or killed like a real process.
+
+Theory. A process is what it runs. Each task inherits the node of whoever started it (a context variable), and every callback
+of the loop carries that context. So the loop can do what a kernel does: a frozen node's callbacks wait, in order, until it is
+thawed (SIGSTOP: its timers fire late, its clocks go on); a killed node's callbacks never run again (SIGKILL: no `finally`, no
+flush, no goodbye). Production code takes part without knowing.
+
+Sets of tasks are walked in the order of their hashes; here a task's hash is its number, so that equal seeds stay equal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from enum import Enum
+from typing import Any, TypeVar
+
+from lab.virtual_time import MAX_STEPS, Deadlock, Spinning, VirtualLoop
+
+T = TypeVar("T")
+
+NODE: contextvars.ContextVar[Node | None] = contextvars.ContextVar("node", default=None)
+
+
+class Life(Enum):
+    """What the kernel does with a node's callbacks."""
+
+    RUNS = "runs"
+    FROZEN = "frozen"
+    DEAD = "dead"
+
+
+class Node:
+    """One life of one process. `name` is the process's, and the same in its next life."""
+
+    def __init__(self, name: str, loop: SimLoop) -> None:
+        self.name = name
+        self.life = Life.RUNS
+        self._loop = loop
+        self._held: deque[asyncio.Handle] = deque()
+        self._context = contextvars.copy_context()
+        self._context.run(NODE.set, self)
+        loop.nodes.append(self)
+
+    def context(self) -> contextvars.Context:
+        """A context whose callbacks belong to this node."""
+        return self._context.copy()
+
+    def run(self, call: Callable[[], T]) -> T:
+        """Call something as this node: what it starts is this node's."""
+        return self.context().run(call)
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task of this node."""
+        return self._loop.create_task(work, context=self.context())
+
+    def freeze(self) -> None:
+        """SIGSTOP."""
+        if self.life is Life.RUNS:
+            self.life = Life.FROZEN
+
+    def thaw(self) -> None:
+        """SIGCONT: everything that came due meanwhile is ready now, in order."""
+        if self.life is Life.FROZEN:
+            self.life = Life.RUNS
+            self._loop.make_ready(self._held)
+            self._held.clear()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.life = Life.DEAD
+        self._held.clear()
+
+    def hold(self, handle: asyncio.Handle) -> None:
+        """Keep a callback for the thaw; a dead node's is forgotten."""
+        if self.life is Life.FROZEN:
+            self._held.append(handle)
+
+
+class SimTask(asyncio.Task[Any]):
+    """A task whose hash is its number."""
+
+    def __init__(self, work: Any, *, number: int, **options: Any) -> None:
+        self._number = number
+        super().__init__(work, **options)
+
+    def __hash__(self) -> int:
+        return self._number
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+class SimLoop(VirtualLoop):
+    """A VirtualLoop that knows nodes, and nothing of the outside: no descriptors, no threads."""
+
+    def __init__(self, shuffle: random.Random | None = None) -> None:
+        super().__init__()
+        self.nodes: list[Node] = []
+        self.turns = 0
+        self.buried = False
+        """The run is over: even dead nodes' callbacks run now, so that their tasks can be cancelled."""
+        self._order = shuffle
+        self._numbers = 0
+        self.set_task_factory(self._make_task)  # type: ignore[arg-type]  # the stubs know no `context` argument
+
+    def _make_task(
+        self, _loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any] | Generator[Any, None, Any], **options: Any
+    ) -> asyncio.Future[Any]:
+        self._numbers += 1
+        return SimTask(work, loop=self, number=self._numbers, **options)
+
+    def make_ready(self, handles: deque[asyncio.Handle]) -> None:
+        """Run these next."""
+        self._ready.extend(handles)  # type: ignore[attr-defined]  # BaseEventLoop's queue, private and stable
+
+    def _write_to_self(self) -> None:
+        """Nobody sleeps, so nobody needs waking."""
+
+    def _run_once(self) -> None:
+        """One turn: let time jump if there is nothing to do, then run what is ready, in seeded order."""
+        self.turns += 1
+        if self.turns > MAX_STEPS:
+            raise Spinning(f"{MAX_STEPS} loop turns, and the virtual time is only {self.time()}")
+        ready: deque[Any] = self._ready  # type: ignore[attr-defined]  # as above
+        timers: list[Any] = self._scheduled  # type: ignore[attr-defined]  # its heap of timers
+        while timers and timers[0]._cancelled:  # noqa: SLF001 - asyncio.Handle's own state
+            self._pop(timers)
+        if not ready and not self._stopping:  # type: ignore[attr-defined]  # as above
+            if not timers:
+                raise Deadlock("nothing is ready and no timer is set")
+            self.advance(max(timers[0].when() - self.time(), 0.0))
+        end = self.time() + 1e-9
+        while timers and timers[0].when() < end:
+            ready.append(self._pop(timers))
+        if self._order is not None and len(ready) > 1:
+            shuffled = list(ready)
+            self._order.shuffle(shuffled)
+            ready.clear()
+            ready.extend(shuffled)
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if handle._cancelled:  # noqa: SLF001 - as above
+                continue
+            node = handle._context.get(NODE)  # noqa: SLF001 - as above
+            if node is None or node.life is Life.RUNS or self.buried:
+                handle._run()  # noqa: SLF001 - as above
+            else:
+                node.hold(handle)
+
+    def _pop(self, timers: list[Any]) -> Any:
+        handle = heapq.heappop(timers)
+        handle._scheduled = False  # noqa: SLF001 - as above
+        return handle

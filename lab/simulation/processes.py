@@ -1,0 +1,321 @@
+"""Replicas and clusters as the simulator runs them: production composition roots on nodes, with ports in memory.
+
+A replica's process loses everything when it dies. An agent's process leaves its disk; its host leaves guard and workloads; a
+reboot leaves the disk without what was not synced, and starts the boot clock anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from baton.leases import LeaseValues
+from cluster_agent.agent import Agent
+from cluster_agent.config import AgentConfig
+from cluster_agent.core.capacity import NodeSpec
+from cluster_agent.disk import MemoryDisk
+from cluster_agent.executors.base import StartRequest
+from cluster_agent.executors.fake import FakeExecutor
+from cluster_agent.executors.fake_host import FakeHost
+from cluster_agent.executors.fake_workload import Script
+from cluster_agent.transport import TransportClosed
+from control_plane.history import MemoryHistory
+from control_plane.replica import Identity, Parts, Replica, make_machine
+from control_plane.services.edge import Edge
+from control_plane.services.identity import Identity as Caller
+from control_plane.services.methods import Asked
+from control_plane.snapshots import InPlaceSnapshotter
+from control_plane.store.keeper import TaskLeaseKeeper
+from control_plane.store.memory import MemoryStore
+from lab.sim_network import AgentEnd, Links, MemoryPeers, Pipe, ReplicaEnd
+from lab.simulation.etcd import SeededStoreFaults, SimEtcd
+from lab.simulation.nodes import Node, SimLoop
+from lab.virtual_time import SeededEntropy, VirtualClock
+
+if TYPE_CHECKING:
+    from control_plane.view import View
+
+
+@dataclass(slots=True)
+class Ground:
+    """What all processes of one simulation stand on."""
+
+    loop: SimLoop
+    links: Links
+    etcd: SimEtcd
+    history: MemoryHistory
+    hits: Counter[str]
+    seed: str
+    died: list[str] = field(default_factory=list)
+    """Processes that ended by themselves, and why: always a violation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How a machine's clocks are wrong."""
+
+    boot_offset: float
+    wall_offset: float
+    rate: float
+
+    def clock(self) -> VirtualClock:
+        """A clock of that machine, from now."""
+        return VirtualClock(boot_offset=self.boot_offset, wall_offset=self.wall_offset, rate=self.rate)
+
+
+class ReplicaProcess:
+    """One replica, in all its lives."""
+
+    def __init__(self, name: str, ground: Ground, drift: Drift) -> None:
+        self.name, self._ground = name, ground
+        self.clock = drift.clock()
+        self.faults = SeededStoreFaults(random.Random(f"{ground.seed}/{name}/store"), ground.hits)
+        self.lives = 0
+        self.node: Node | None = None
+        self.replica: Replica | None = None
+        self._edge: Edge | None = None
+
+    @property
+    def alive(self) -> bool:
+        """A process is there, frozen or not."""
+        return self.node is not None
+
+    def start(self) -> None:
+        """A new process."""
+        if self.node is not None:
+            return
+        self.lives += 1
+        self.node = self._ground.links.nodes[self.name] = Node(self.name, self._ground.loop)
+        self.node.spawn(self._live(self.node))
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        node, self.node, self.replica, self._edge = self.node, None, None, None
+        if node is not None:
+            node.kill()
+            self._ground.links.node_died(self.name)
+            self._ground.links.nodes.pop(self.name, None)
+
+    async def _live(self, node: Node) -> None:
+        ground, clock = self._ground, self.clock
+        entropy = SeededEntropy(f"{ground.seed}/{self.name}/{self.lives}")
+        store = MemoryStore(ground.etcd, faults=self.faults, clock=clock)
+
+        def make_peers(view: View) -> MemoryPeers:
+            del view
+            return MemoryPeers(self.name, ground.links)
+
+        parts = Parts(
+            store=store,
+            make_keeper=lambda: TaskLeaseKeeper(store, clock),
+            make_peers=make_peers,
+            clock=clock,
+            entropy=entropy,
+            history=ground.history,
+            snapshotter=InPlaceSnapshotter(store, clock, make_machine),
+        )
+        replica = Replica(Identity(self.name, self.name), parts)
+        try:
+            await replica.start()
+            edge = Edge(replica.services.methods, replica.forwarder, clock, entropy, _nobody_asks)
+            edge.serve_peers(replica.calls)
+            self.replica, self._edge = replica, edge
+            await replica.run()
+            raise RuntimeError("the replica ended")
+        except Exception as error:  # noqa: BLE001 - whatever ends a replica is what we look for
+            if self.node is node and not ground.loop.buried:
+                ground.died.append(f"{self.name}: {error!r}")
+                raise
+
+    def accept(self, pipe: Pipe) -> None:
+        """An agent dials. Raises TransportClosed."""
+        if self.replica is None or self.node is None:
+            raise TransportClosed(f"{self.name} refuses the connection")
+        self.node.spawn(_serve(self.replica, ReplicaEnd(pipe)))
+
+    async def call(self, method: str, request: Any, timeout: float) -> bytes:
+        """A client's call, answered by the production edge. Raises ConnectionError, TimeoutError, BatonError."""
+        edge, node, links = self._edge, self.node, self._ground.links
+        if edge is None or node is None or not links.heard("client", self.name):
+            raise ConnectionError(f"{self.name} refuses the connection")
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        async def serve() -> None:
+            handler = next(m for name, m in edge._methods.items() if name.endswith("/" + method))  # noqa: SLF001
+            asked = Asked(handler.name, "client", self.clock.boot() + timeout, self.clock)
+            try:
+                async for payload in edge.answers(handler, request.SerializeToString(), asked):
+                    links.deliver(self.name, "client", partial(_answer, answer, payload))
+                    return
+            except Exception as error:  # noqa: BLE001 - travels to the caller
+                links.deliver(self.name, "client", partial(_answer, answer, error))
+
+        links.deliver("client", self.name, lambda: node.spawn(serve()) and None)
+        async with asyncio.timeout(timeout):
+            return await answer
+
+
+def _answer(future: asyncio.Future[bytes], answer: bytes | Exception) -> None:
+    if future.done():
+        return
+    if isinstance(answer, Exception):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)
+
+
+def _nobody_asks(context: object) -> Caller:
+    raise AssertionError("there is no gRPC in here")
+
+
+async def _serve(replica: Replica, end: ReplicaEnd) -> None:
+    """As `services.agents` does it: the stream ends when the handler is done."""
+    await replica.sessions.serve(end)
+    end.end()
+
+
+class SimTransport:
+    """`cluster_agent.transport.Transport` over the links."""
+
+    def __init__(self, cluster: str, links: Links, replicas: Sequence[ReplicaProcess]) -> None:
+        self._cluster, self._links, self._replicas = cluster, links, replicas
+        self._next = links.rng.randrange(len(replicas))
+
+    async def connect(self) -> AgentEnd:
+        """See `Transport.connect`."""
+        target = self._replicas[self._next % len(self._replicas)]
+        self._next += 1
+        await asyncio.sleep(self._links.rng.uniform(0.0, 2 * self._links.max_delay))
+        if not (self._links.heard(self._cluster, target.name) and self._links.heard(target.name, self._cluster)):
+            await asyncio.sleep(1.0)
+            raise TransportClosed(f"{target.name} does not answer")
+        pipe = Pipe(self._cluster, target.name, self._links)
+        try:
+            target.accept(pipe)
+        except TransportClosed:
+            pipe.close()
+            raise
+        return AgentEnd(pipe)
+
+    def learn(self, endpoints: Sequence[str]) -> None:
+        """All replicas are known."""
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+class SimHost(FakeHost):
+    """A FakeHost whose timers are the host's own, whoever asks it something."""
+
+    def __init__(self, node: Node, clock: VirtualClock, programs: dict[str, Callable[[StartRequest], Script]]) -> None:
+        super().__init__(clock, true_time=lambda: asyncio.get_event_loop().time(), programs=programs)
+        self._node = node
+
+    def _arm(self) -> None:
+        self._node.run(lambda: FakeHost._arm(self))
+
+    @property
+    def frozen(self) -> bool:
+        """The guard does not run."""
+        return self._frozen
+
+
+class ClusterProcess:
+    """One cluster: a host with guard and workloads, and its agent in all its lives."""
+
+    def __init__(
+        self,
+        name: str,
+        ground: Ground,
+        drift: Drift,
+        replicas: Sequence[ReplicaProcess],
+        lease: LeaseValues,
+        cpus: int,
+    ) -> None:
+        self.name, self._ground, self._replicas, self._lease, self._cpus = name, ground, replicas, lease, cpus
+        self._drift = drift
+        self.clock = drift.clock()
+        self.rng = random.Random(f"{ground.seed}/{name}")
+        self.host = SimHost(Node(f"{name}-host", ground.loop), self.clock, {"sim": script_of})
+        self.disk = MemoryDisk()
+        self.lives = self.boots = 0
+        self.node: Node | None = None
+        self.agent: Agent | None = None
+        self._executor: FakeExecutor | None = None
+
+    @property
+    def alive(self) -> bool:
+        """An agent is there, frozen or not."""
+        return self.node is not None
+
+    def start(self) -> None:
+        """A new agent."""
+        if self.node is not None:
+            return
+        self.lives += 1
+        self.node = self._ground.links.nodes[self.name] = Node(self.name, self._ground.loop)
+        self.node.spawn(self._live(self.node))
+
+    def kill(self) -> None:
+        """SIGKILL of the agent: disk, guard and work stay."""
+        node, executor, self.node, self.agent, self._executor = self.node, self._executor, None, None, None
+        if node is None:
+            return
+        node.kill()
+        self._ground.links.node_died(self.name)
+        self._ground.links.nodes.pop(self.name, None)
+        if executor is not None:
+            executor.leave()
+
+    def reboot(self) -> None:
+        """Power off: agent, guard and work are dead, the tail of the disk that was not synced is lost. `start` is the boot."""
+        self.kill()
+        self.host.thaw_guard()
+        self.host.reboot()
+        self.disk.crash(self.rng.choice((0.0, 0.5, 1.0)))
+        self.boots += 1
+        self._drift = Drift(self.rng.uniform(5.0, 50.0), self._drift.wall_offset, self._drift.rate)
+        self.clock = self.host.clock = self._drift.clock()
+
+    async def _live(self, node: Node) -> None:
+        executor = self._executor = FakeExecutor(self.host)
+        config = AgentConfig(
+            cluster=self.name,
+            endpoints=tuple(replica.name for replica in self._replicas),
+            directory=Path("unused"),
+            nodes=(NodeSpec(cpu_millis=1000 * self._cpus),),
+            lease=self._lease,
+        )
+        agent = self.agent = Agent(
+            config,
+            self.clock,
+            SeededEntropy(f"{self._ground.seed}/{self.name}/{self.lives}"),
+            SimTransport(self.name, self._ground.links, self._replicas),
+            executor,
+            self.disk,
+            boot_id=f"{self.name}-boot-{self.boots}",
+        )
+        try:
+            await agent.run()
+        except Exception as error:  # noqa: BLE001 - whatever ends an agent is what we look for
+            if self.node is node and not self._ground.loop.buried:
+                self._ground.died.append(f"{self.name}: {error!r}")
+                raise
+
+
+def script_of(request: StartRequest) -> Script:
+    """`sim SECONDS FAILURES STUBBORN RESULT`: runs so long, fails in its first attempts, perhaps ignores TERM."""
+    _, seconds, failures, stubborn, result = request.argv
+    fails = request.key.n <= int(failures)
+    return Script(
+        float(seconds),
+        exit_code=1 if fails else 0,
+        result=b"" if fails or not result else f'"{result} of {request.key.n}"'.encode(),
+        ignore_term=stubborn == "1",
+    )

@@ -1,0 +1,172 @@
+"""What the users of a simulated federation do: random graphs with deadlines, created, polled and sometimes cancelled.
+
+Theory. A client is a node like any other, and honest: it keeps one request id over all tries of one intent, tries again through
+any replica, and writes down what it was told and when. What it was told is what the promises are about (I4, I5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from baton import requestid
+from baton.errors import BatonError
+from baton.v1 import graph_pb2, run_pb2
+from lab.simulation.processes import ReplicaProcess
+from lab.virtual_time import SeededEntropy, VirtualClock
+
+TRY_SECONDS = 6.0
+"""For one try at one replica."""
+
+GIVE_UP = 60.0
+"""Seconds after which a client stops trying to create or cancel."""
+
+POLL = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One answer a client got: true times of the call and of the answer. `number` is the run's event number, in reads."""
+
+    op: str
+    run: str
+    called: float
+    answered: float
+    ok: bool
+    uid: str = ""
+    state: int = 0
+    number: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """One run to be."""
+
+    run_id: str
+    at: float
+    lifetime: float
+    spec: graph_pb2.GraphSpec
+    cancel_after: float | None
+    named: bool
+
+
+def wishes(rng: random.Random, runs: int, span: float, lifetime: tuple[float, float] = (40.0, 140.0)) -> list[Wish]:
+    """Random runs over `span` seconds."""
+    found = []
+    for number in range(runs):
+        life = rng.uniform(*lifetime) if rng.random() < 0.8 else rng.uniform(6.0, 20.0)
+        cancel = rng.uniform(0.5, 30.0) if rng.random() < 0.12 else None
+        found.append(
+            Wish(f"run-{number}", rng.uniform(0.0, span), life, _graph(rng), cancel, named=rng.random() < 0.5)
+        )
+    return sorted(found, key=lambda wish: wish.at)
+
+
+def _graph(rng: random.Random) -> graph_pb2.GraphSpec:
+    spec = graph_pb2.GraphSpec()
+    size = rng.choice((1, 3, 5, 8, 12))
+    for index in range(size):
+        parents = [f"t{p}" for p in range(index) if rng.random() < min(0.6, 1.6 / max(1, index))]
+        failures = rng.choice((0, 0, 0, 0, 1, 2))
+        seconds = rng.choice((0.0, 0.3, 1.0, 3.0, 8.0, 20.0, 40.0)) * rng.uniform(0.5, 1.0)
+        stubborn = int(rng.random() < 0.1)
+        task = spec.tasks.add(id=f"t{index}", parents=parents)
+        task.process.argv.extend(["sim", f"{seconds:.3f}", str(failures), str(stubborn), f"t{index}"])
+        task.retry.max_attempts = rng.choice((1, 2, 3, 3))
+        task.retry.initial_backoff.FromMilliseconds(500)
+        task.trigger_rule = rng.choice((0, 0, 0, 0, 0, 2, 3, 4))  # type: ignore[assignment]  # the enum's numbers
+        task.on_cluster_lost = rng.choice((1, 1, 1, 1, 1, 1, 2, 3))  # type: ignore[assignment]  # as above
+        task.hedge = rng.random() < 0.1 and task.on_cluster_lost == 1
+        task.termination_grace.FromMilliseconds(1000)
+    return spec
+
+
+class Client:
+    """Carries out wishes, and remembers."""
+
+    def __init__(self, rng: random.Random, seed: str, replicas: Sequence[ReplicaProcess]) -> None:
+        self._rng, self._replicas = rng, replicas
+        self._clock = VirtualClock()
+        self._entropy = SeededEntropy(f"{seed}/client")
+        self.said: list[Said] = []
+        self.final: set[str] = set()
+        self.created: set[str] = set()
+        self.gave_up: set[str] = set()
+        self.deadlines: dict[str, float] = {}
+
+    async def fulfil(self, wish: Wish) -> None:
+        """One run, from its creation to its end as the client sees it."""
+        await asyncio.sleep(wish.at)
+        deadline = self._clock.wall() + wish.lifetime
+        request = run_pb2.CreateRunRequest(
+            request_id=requestid.new(self._clock, self._entropy),
+            run_id=wish.run_id if wish.named else "",
+            spec=wish.spec,
+        )
+        request.deadline_time.FromNanoseconds(int(deadline * 1e9))
+        self.deadlines[wish.run_id] = asyncio.get_running_loop().time() + wish.lifetime
+        answer = await self._insist("CreateRun", wish.run_id, request)
+        if answer is None:
+            self.gave_up.add(wish.run_id)
+            return
+        run = run_pb2.CreateRunResponse.FromString(answer).run
+        self.created.add(wish.run_id)
+        polling = asyncio.get_running_loop().create_task(self._poll(wish.run_id, run.name))
+        if wish.cancel_after is not None:
+            await asyncio.sleep(wish.cancel_after)
+            cancel = run_pb2.CancelRunRequest(
+                name=run.name, request_id=requestid.new(self._clock, self._entropy), reason="changed my mind"
+            )
+            await self._insist("CancelRun", wish.run_id, cancel)
+        await polling
+
+    async def _poll(self, run_id: str, name: str) -> None:
+        while run_id not in self.final:
+            await asyncio.sleep(POLL * self._rng.uniform(0.5, 1.5))
+            answer = await self._try("GetRun", run_id, run_pb2.GetRunRequest(name=name))
+            if answer is not None:
+                run = run_pb2.GetRunResponse.FromString(answer).run
+                if run.state >= run_pb2.RUN_STATE_SUCCEEDED:
+                    self.final.add(run_id)
+
+    async def _insist(self, method: str, run_id: str, request: run_pb2.CreateRunRequest | run_pb2.CancelRunRequest) -> bytes | None:
+        until = asyncio.get_running_loop().time() + GIVE_UP
+        while asyncio.get_running_loop().time() < until:
+            answer = await self._try(method, run_id, request)
+            if answer is not None:
+                return answer
+            if self.said and self.said[-1].op == method and self.said[-1].detail.startswith("refused"):
+                return None
+            await asyncio.sleep(self._rng.uniform(0.1, 1.0))
+        return None
+
+    async def _try(self, method: str, run_id: str, request: object) -> bytes | None:
+        loop = asyncio.get_running_loop()
+        called = loop.time()
+        replica = self._rng.choice(self._replicas)
+        try:
+            answer = await replica.call(method, request, TRY_SECONDS)
+        except (ConnectionError, TimeoutError) as error:
+            self.said.append(Said(method, run_id, called, loop.time(), ok=False, detail=f"{replica.name}: {error}"))
+            return None
+        except BatonError as error:
+            word = "unanswered" if error.reason in PASSING else "refused"
+            text = f"{word} by {replica.name}: {error.reason} {error.message} (applied: {error.applied})"
+            self.said.append(Said(method, run_id, called, loop.time(), ok=False, detail=text))
+            return None
+        response = {"CreateRun": run_pb2.CreateRunResponse, "GetRun": run_pb2.GetRunResponse}.get(
+            method, run_pb2.CancelRunResponse
+        )
+        run = response.FromString(answer).run
+        number = int(run.etag.rpartition(".")[2] or 0)
+        self.said.append(
+            Said(method, run_id, called, loop.time(), True, run.uid, int(run.state), number, f"by {replica.name}")
+        )
+        return answer
+
+
+PASSING = frozenset({"NOT_OWNED", "STORE_UNAVAILABLE", "DRAINING", "TIMED_OUT", "DEADLINE_EXCEEDED", "UNAVAILABLE", "RESTORE_SUSPECTED"})
+"""Reasons that say nothing about the wish."""

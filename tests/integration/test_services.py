@@ -1,0 +1,511 @@
+"""The public services over real replicas: what a caller may rely on, rule by rule, and what a bad caller gets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+
+from baton import errors, requestid
+from baton.client_call import error_of
+from baton.v1 import admin_pb2, cluster_pb2, graph_pb2, run_pb2
+from control_plane import archiver
+from control_plane.core.model import shard_of
+from tests.integration.replicas import CLOCK, Node, Rig, client, creation, request_id, rig, spec, until
+
+SUCCESS = run_pb2.RUN_STATE_SUCCEEDED
+
+
+@pytest.fixture
+async def federation() -> AsyncIterator[Rig]:
+    async with rig("r1") as made:
+        yield made
+
+
+@pytest.fixture
+async def pair() -> AsyncIterator[Rig]:
+    async with rig("r1", "r2") as made:
+        yield made
+
+
+@pytest.fixture
+def node(federation: Rig) -> Node:
+    return federation.nodes[0]
+
+
+async def failure(call: object) -> errors.BatonError:
+    """What a call fails with; the form on the wire is checked on the way."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call  # type: ignore[misc]
+    trailers = dict(caught.value.trailing_metadata())
+    status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])  # type: ignore[arg-type]
+    assert status.code == caught.value.code().value[0]
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    assert info.domain == "baton.dev"
+    assert info.metadata["applied"] in ("no", "unknown")
+    return error_of(caught.value)
+
+
+def fields_of(error: errors.BatonError) -> list[str]:
+    return [violation.field for violation in error.field_violations]
+
+
+# -- creating -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_run_is_created_read_listed_and_cancelled(node: Node) -> None:
+    made = (await node.runs.CreateRun(creation("a", "b", run_id="first", priority=3, labels={"team": "x"}))).run
+    assert made.name == "namespaces/default/runs/first"
+    assert made.task_count == 2
+    assert made.state == run_pb2.RUN_STATE_RUNNING
+    assert made.shard == shard_of("default", "first")
+    read = (await node.runs.GetRun(run_pb2.GetRunRequest(name=made.name))).run
+    assert (read.uid, read.priority, dict(read.labels)) == (made.uid, 3, {"team": "x"})
+    tasks = (await node.runs.ListTasks(run_pb2.ListTasksRequest(run=made.name))).tasks
+    assert [(task.id, list(task.parents)) for task in tasks] == [("a", []), ("b", ["a"])]
+    task = (await node.runs.GetTask(run_pb2.GetTaskRequest(name=f"{made.name}/tasks/b"))).task
+    assert (task.index, task.state) == (1, run_pb2.TASK_STATE_PENDING)
+    cancel = run_pb2.CancelRunRequest(request_id=request_id(), name=made.name, reason="enough")
+    cancelled = (await node.runs.CancelRun(cancel)).run
+    assert cancelled.state == run_pb2.RUN_STATE_CANCELLED
+    again = (await node.runs.CancelRun(run_pb2.CancelRunRequest(request_id=request_id(), name=made.name))).run
+    assert again.state == run_pb2.RUN_STATE_CANCELLED
+
+
+async def test_o8_a_retry_gets_the_same_run_and_another_wish_does_not(node: Node) -> None:
+    request = creation("a")
+    first = (await node.runs.CreateRun(request)).run
+    assert (await node.runs.CreateRun(request)).run.uid == first.uid
+    request.priority = 7
+    refused = await failure(node.runs.CreateRun(request))
+    assert isinstance(refused, errors.RequestIdReused)
+    assert refused.applied == "no"
+    other = creation("a")
+    assert (await node.runs.CreateRun(other)).run.uid != first.uid
+
+
+async def test_o8_request_ids_are_required_well_formed_and_not_ahead(node: Node) -> None:
+    request = creation("a")
+    request.request_id = ""
+    assert fields_of(await failure(node.runs.CreateRun(request))) == ["request_id"]
+    request.request_id = "not-a-uuid"
+    assert fields_of(await failure(node.runs.CreateRun(request))) == ["request_id"]
+    request.request_id = requestid.compose(CLOCK.wall() + 900, "0" * 20)
+    ahead = await failure(node.runs.CreateRun(request))
+    assert isinstance(ahead, errors.RequestIdAhead)
+    assert abs(float(ahead.metadata["server_time"]) - CLOCK.wall()) < 60
+
+
+async def test_a_live_name_is_taken(node: Node) -> None:
+    await node.runs.CreateRun(creation("a", run_id="mine"))
+    assert isinstance(await failure(node.runs.CreateRun(creation("a", run_id="mine"))), errors.NameTaken)
+
+
+async def test_a_big_graph_comes_in_pieces_and_through_a_thread(node: Node) -> None:
+    ids = [f"t{number}" for number in range(5000)]
+    head = creation()
+    head.spec.ClearField("tasks")
+    whole = spec(*ids)
+
+    async def pieces() -> AsyncIterator[run_pb2.CreateRunInPiecesRequest]:
+        yield run_pb2.CreateRunInPiecesRequest(request=head)
+        for start in range(0, len(ids), 2000):
+            yield run_pb2.CreateRunInPiecesRequest(tasks=whole.tasks[start : start + 2000])
+
+    made = (await node.runs.CreateRunInPieces(pieces())).run
+    assert made.task_count == 5000
+    # Page by page; the last page is short.
+    request = run_pb2.ListTasksRequest(run=made.name, page_size=10**9)
+    seen: list[str] = []
+    while True:
+        page = await node.runs.ListTasks(request)
+        seen += [task.id for task in page.tasks]
+        if not page.next_page_token:
+            break
+        request.page_token = page.next_page_token
+    assert seen == ids
+
+
+async def test_pieces_without_a_head_or_with_two_create_nothing(node: Node) -> None:
+    async def headless() -> AsyncIterator[run_pb2.CreateRunInPiecesRequest]:
+        yield run_pb2.CreateRunInPiecesRequest(tasks=spec("a").tasks)
+
+    async def doubled() -> AsyncIterator[run_pb2.CreateRunInPiecesRequest]:
+        yield run_pb2.CreateRunInPiecesRequest(request=creation("a"))
+        yield run_pb2.CreateRunInPiecesRequest(request=creation("b"))
+
+    assert fields_of(await failure(node.runs.CreateRunInPieces(headless()))) == ["request"]
+    assert fields_of(await failure(node.runs.CreateRunInPieces(doubled()))) == ["request"]
+    assert not (await node.runs.ListRuns(run_pb2.ListRunsRequest())).runs
+
+
+async def test_a_stored_graph_is_run_and_a_retry_is_the_same_although_a_new_version_came(node: Node) -> None:
+    put = graph_pb2.PutGraphRequest(request_id=request_id(), graph_id="etl", spec=spec("a", "b"))
+    first = (await node.graphs.PutGraph(put)).graph
+    assert (first.version, first.name) == (1, "namespaces/default/graphs/etl")
+    assert (await node.graphs.PutGraph(put)).graph.uid == first.uid
+    request = creation(graph="namespaces/default/graphs/etl")
+    request.ClearField("spec")
+    made = (await node.runs.CreateRun(request)).run
+    assert (made.graph, made.graph_version, made.task_count) == (first.name, 1, 2)
+    newer = graph_pb2.PutGraphRequest(request_id=request_id(), graph_id="etl", spec=spec("a"), etag=first.etag)
+    assert (await node.graphs.PutGraph(newer)).graph.version == 2
+    assert (await node.runs.CreateRun(request)).run.uid == made.uid
+    stale = graph_pb2.PutGraphRequest(request_id=request_id(), graph_id="etl", spec=spec("a"), etag=first.etag)
+    assert isinstance(await failure(node.graphs.PutGraph(stale)), errors.EtagMismatch)
+    old = (await node.graphs.GetGraph(graph_pb2.GetGraphRequest(name=first.name, version=1))).graph
+    assert [task.id for task in old.spec.tasks] == ["a", "b"]
+    listed = (await node.graphs.ListGraphs(graph_pb2.ListGraphsRequest())).graphs
+    assert [(graph.version, graph.HasField("spec")) for graph in listed] == [(2, False)]
+    request.graph, request.request_id = "namespaces/default/graphs/none", request_id()
+    assert isinstance(await failure(node.runs.CreateRun(request)), errors.NotFound)
+
+
+# -- bad inputs (reliability.md 4) ----------------------------------------------------------------------------------------
+
+
+def broken(name: str) -> tuple[run_pb2.CreateRunRequest, str]:
+    """A request with one fault, and the field that must be named."""
+    request = creation("a", "b")
+    task = request.spec.tasks[1]
+    match name:
+        case "no tasks":
+            request.spec.ClearField("tasks")
+            return request, "spec.tasks"
+        case "self edge":
+            task.parents[0] = "b"
+            return request, "spec.tasks[1].parents[0]"
+        case "unknown parent":
+            task.parents[0] = "nobody"
+            return request, "spec.tasks[1].parents[0]"
+        case "same id":
+            task.id = "a"
+            return request, "spec.tasks[1].id"
+        case "bidi id":
+            task.id = "b\u202e"
+            return request, "spec.tasks[1].id"
+        case "negative cpu":
+            task.resources.cpu_millis = -1
+            return request, "spec.tasks[1].resources.cpu_millis"
+        case "nan":
+            task.retry.backoff_multiplier = float("nan")
+            return request, "spec.tasks[1].retry.backoff_multiplier"
+        case "empty argv":
+            task.process.ClearField("argv")
+            return request, "spec.tasks[1].process.argv"
+        case "reserved env":
+            task.process.env["BATON_RUN"] = "x"
+            return request, 'spec.tasks[1].process.env["BATON_RUN"]'
+        case "past":
+            request.deadline_time.FromSeconds(1)
+            return request, "deadline_time"
+        case "far":
+            request.deadline_time.FromSeconds(int(CLOCK.wall()) + 31 * 24 * 3600)
+            return request, "deadline_time"
+        case "no deadline":
+            request.ClearField("deadline_time")
+            return request, "deadline_time"
+        case "priority":
+            request.priority = 5000
+            return request, "priority"
+        case "run id":
+            request.run_id = "../x"
+            return request, "run_id"
+        case "namespace":
+            request.namespace = "A"
+            return request, "namespace"
+        case "label":
+            request.labels["k"] = "a b"
+            return request, 'labels["k"]'
+        case _:
+            request.graph = "namespaces/default/graphs/g"
+            return request, "graph"
+
+
+FAULTS = [
+    "no tasks", "self edge", "unknown parent", "same id", "bidi id", "negative cpu", "nan", "empty argv", "reserved env",
+    "past", "far", "no deadline", "priority", "run id", "namespace", "label", "graph and spec",
+]  # fmt: skip
+
+
+async def test_every_fault_of_a_graph_is_named_by_its_field(node: Node) -> None:
+    for name in FAULTS:
+        request, field = broken(name)
+        error = await failure(node.runs.CreateRun(request))
+        assert isinstance(error, errors.InvalidField), name
+        assert field in fields_of(error), name
+        assert error.applied == "no"
+    assert not (await node.runs.ListRuns(run_pb2.ListRunsRequest())).runs
+
+
+async def test_names_and_pages_that_are_none_are_refused_by_field(node: Node) -> None:
+    token = (await seeded_page(node)).next_page_token
+    cases = [
+        (node.runs.GetRun(run_pb2.GetRunRequest(name="runs/x")), "name"),
+        (node.runs.GetTask(run_pb2.GetTaskRequest(name="namespaces/a/runs/b")), "name"),
+        (node.runs.ListTasks(run_pb2.ListTasksRequest(run="")), "run"),
+        (node.runs.ListRuns(run_pb2.ListRunsRequest(page_size=-1)), "page_size"),
+        (node.runs.ListRuns(run_pb2.ListRunsRequest(page_token="forged")), "page_token"),
+        (node.runs.ListRuns(run_pb2.ListRunsRequest(page_token=token, namespace="other")), "page_token"),
+        (node.runs.ListRuns(run_pb2.ListRunsRequest(states=[99])), "states[0]"),  # type: ignore[list-item]
+        (node.graphs.GetGraph(graph_pb2.GetGraphRequest(name="x")), "name"),
+        (node.clusters.GetCluster(cluster_pb2.GetClusterRequest(name="eu")), "name"),
+        (node.admin.PutNamespace(admin_pb2.PutNamespaceRequest(request_id=request_id())), "namespace.name"),
+    ]
+    for call, field in cases:
+        assert fields_of(await failure(call)) == [field]
+
+
+async def seeded_page(node: Node) -> run_pb2.ListRunsResponse:
+    for _ in range(3):
+        await node.runs.CreateRun(creation("a"))
+    return await node.runs.ListRuns(run_pb2.ListRunsRequest(page_size=1))
+
+
+async def test_bytes_that_are_no_message_are_the_callers_fault_and_leak_nothing(node: Node) -> None:
+    nested = b""
+    for _ in range(200):  # a group inside a group: deeper than any decoder follows
+        nested = b"\x22" + varint(len(nested)) + nested
+    for payload in (b"\xff\xff\xff", b"\x0a\x02\xff\xfe", b"\x0a\x7f"):
+        call = node.channel.unary_unary("/baton.v1.RunService/GetRun")(payload)
+        error = await failure(call)
+        assert isinstance(error, errors.InvalidField)
+        assert "python" not in error.message.lower()
+        assert ".py" not in error.message
+    deep = node.channel.unary_unary("/baton.v1.RunService/CreateRun")(nested)
+    assert isinstance(await failure(deep), errors.InvalidField)
+    unknown_field = b"\xf8\x07\x01" + run_pb2.GetRunRequest(name="namespaces/a/runs/b").SerializeToString()
+    missing = await failure(node.channel.unary_unary("/baton.v1.RunService/GetRun")(unknown_field))
+    assert isinstance(missing, errors.NotFound)
+
+
+def varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+async def test_a_fault_inside_is_told_by_reference_only(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    secret = "/very/secret/path"
+
+    def broken_read(*args: object) -> object:
+        raise ValueError(secret)
+
+    node.replica.services._runs._desk.controller.read = broken_read  # type: ignore[method-assign, assignment]
+    error = await failure(node.runs.GetRun(run_pb2.GetRunRequest(name="namespaces/a/runs/b")))
+    assert isinstance(error, errors.Internal)
+    assert secret not in str(error)
+    assert error.applied == "unknown"
+    assert error.metadata["reference"] in [getattr(record, "reference", "") for record in caplog.records]
+
+
+async def test_a_request_over_the_limit_is_refused(node: Node) -> None:
+    request = creation("a", annotations={"k": "x" * (5 << 20)})
+    assert (await failure(node.runs.CreateRun(request))).code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+
+
+async def test_unknown_methods_are_unimplemented(node: Node) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await node.channel.unary_unary("/baton.v1.RunService/Nothing")(b"")
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_what_is_not_there_is_not_found(node: Node) -> None:
+    made = (await node.runs.CreateRun(creation("a"))).run
+    for call in (
+        node.runs.GetRun(run_pb2.GetRunRequest(name="namespaces/default/runs/none")),
+        node.runs.ListTasks(run_pb2.ListTasksRequest(run="namespaces/default/runs/none")),
+        node.runs.GetTask(run_pb2.GetTaskRequest(name=f"{made.name}/tasks/none")),
+        node.runs.CancelRun(run_pb2.CancelRunRequest(request_id=request_id(), name="namespaces/default/runs/none")),
+        node.clusters.GetCluster(cluster_pb2.GetClusterRequest(name="clusters/none")),
+        node.clusters.CordonCluster(cluster_pb2.CordonClusterRequest(request_id=request_id(), name="clusters/none")),
+    ):
+        assert isinstance(await failure(call), errors.NotFound)
+    logs = node.runs.FollowLogs(run_pb2.FollowLogsRequest(task=f"{made.name}/tasks/a"))
+    assert isinstance(await failure(logs.read()), errors.NotFound)
+
+
+# -- lists and namespaces ---------------------------------------------------------------------------------------------------
+
+
+async def test_o7_pages_show_every_run_once_in_order_of_uid(node: Node) -> None:
+    made = [(await node.runs.CreateRun(creation("a", labels={"n": str(n % 2)}))).run.uid for n in range(25)]
+    seen: list[str] = []
+    request = run_pb2.ListRunsRequest(page_size=7)
+    while True:
+        page = await node.runs.ListRuns(request)
+        seen += [run.uid for run in page.runs]
+        if not page.next_page_token:
+            break
+        request.page_token = page.next_page_token
+    assert seen == sorted(made)
+    odd = await node.runs.ListRuns(run_pb2.ListRunsRequest(page_size=10**9, labels={"n": "1"}))
+    assert {run.uid for run in odd.runs} == set(made[1::2])
+    done = await node.runs.ListRuns(run_pb2.ListRunsRequest(states=[SUCCESS]))
+    assert not done.runs
+
+
+async def test_namespaces_are_put_and_listed_over_all_shards(node: Node) -> None:
+    for name in ("one", "two", "three"):
+        namespace = admin_pb2.Namespace(name=name, weight=2.5, live_task_quota=7, retention=Duration(seconds=60))
+        put = admin_pb2.PutNamespaceRequest(request_id=request_id(), namespace=namespace)
+        stored = (await node.admin.PutNamespace(put)).namespace
+        assert (stored.weight, stored.live_task_quota, stored.retention.seconds) == (2.5, 7, 60)
+    listed = (await node.admin.ListNamespaces(admin_pb2.ListNamespacesRequest())).namespaces
+    assert [namespace.name for namespace in listed] == ["one", "three", "two"]
+
+
+async def test_operators_see_replicas_and_shards_and_are_told_what_cannot_be_done(node: Node) -> None:
+    replicas = (await node.admin.ListReplicas(admin_pb2.ListReplicasRequest())).replicas
+    assert [(replica.id, replica.shards) for replica in replicas] == [("r1", 33)]
+    shards = await node.admin.ListShards(admin_pb2.ListShardsRequest())
+    assert {shard.replica for shard in shards.shards} == {shard.preferred for shard in shards.shards} == {"r1"}
+    assert (shards.incarnation, shards.restore_suspected) == (1, False)
+    confirm = admin_pb2.ConfirmRestoredRequest(request_id=request_id())
+    assert (await node.admin.ConfirmRestored(confirm)).incarnation == 1
+    backup = await failure(node.admin.Backup(admin_pb2.BackupRequest()).read())
+    assert backup.applied == "no"
+
+
+# -- watching ---------------------------------------------------------------------------------------------------------------
+
+
+async def test_i16_a_watch_sees_all_events_to_the_end_and_resumes_by_number(node: Node) -> None:
+    made = (await node.runs.CreateRun(creation("a", "b"))).run
+    watch = aiter(node.runs.WatchRun(run_pb2.WatchRunRequest(name=made.name)))
+    first = await anext(watch)
+    assert first.run.uid == made.uid
+    await node.runs.CancelRun(run_pb2.CancelRunRequest(request_id=request_id(), name=made.name))
+    messages = [first, *[message async for message in watch]]
+    numbers = [event.number for message in messages for event in message.events]
+    assert numbers == list(range(1, messages[-1].run.event_number + 1))
+    assert messages[-1].run.state == run_pb2.RUN_STATE_CANCELLED
+    ids = {change.id for message in messages for event in message.events for change in event.changes}
+    assert ids == {"a", "b"}
+    rest = [m async for m in node.runs.WatchRun(run_pb2.WatchRunRequest(name=made.name, after_event=1))]
+    assert [event.number for message in rest for event in message.events] == numbers[1:]
+    ahead = node.runs.WatchRun(run_pb2.WatchRunRequest(name=made.name, after_event=999))
+    assert fields_of(await failure(ahead.read())) == ["after_event"]
+
+
+async def test_a_watch_that_is_given_up_leaves_nothing_behind(node: Node) -> None:
+    made = (await node.runs.CreateRun(creation("a"))).run
+    watch = node.runs.WatchRun(run_pb2.WatchRunRequest(name=made.name))
+    await watch.read()
+    bells = node.replica.services.bells
+    await until(lambda: bool(bells._waiting))
+    watch.cancel()
+    await until(lambda: not bells._waiting)
+
+
+# -- history ------------------------------------------------------------------------------------------------------------------
+
+
+async def test_j10_an_archived_run_answers_the_same_calls(
+    federation: Rig, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archiver, "DELAY", 0.5)
+    request = creation("a", "b", run_id="old")
+    made = (await node.runs.CreateRun(request)).run
+    await node.runs.CancelRun(run_pb2.CancelRunRequest(request_id=request_id(), name=made.name))
+    live = await answers(node, made.name)
+    shard = node.replica.controller.owned()[made.shard].machine
+    await until(lambda: shard.run_by_uid(made.uid) is None)  # type: ignore[attr-defined]
+    assert len(federation.history._kept) == 1
+    assert await answers(node, made.name) == live
+    # Its name stays taken, its own retry meets it, and a cancel of the cancelled is no error.
+    assert isinstance(await failure(node.runs.CreateRun(creation("a", run_id="old"))), errors.NameTaken)
+    assert (await node.runs.CreateRun(request)).run.uid == made.uid
+    cancel = run_pb2.CancelRunRequest(request_id=request_id(), name=made.name)
+    assert (await node.runs.CancelRun(cancel)).run.uid == made.uid
+
+
+async def answers(node: Node, name: str) -> list[object]:
+    run = (await node.runs.GetRun(run_pb2.GetRunRequest(name=name))).run
+    tasks = await node.runs.ListTasks(run_pb2.ListTasksRequest(run=name))
+    second = (await node.runs.GetTask(run_pb2.GetTaskRequest(name=f"{name}/tasks/b"))).task
+    listed = await node.runs.ListRuns(run_pb2.ListRunsRequest())
+    events = [e for m in [m async for m in node.runs.WatchRun(run_pb2.WatchRunRequest(name=name))] for e in m.events]
+    return [run, tasks, second, listed, events]
+
+
+async def test_history_that_is_down_keeps_runs_live(
+    federation: Rig, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archiver, "DELAY", 0.1)
+    federation.history.down = True
+    made = (await node.runs.CreateRun(creation("a"))).run
+    await node.runs.CancelRun(run_pb2.CancelRunRequest(request_id=request_id(), name=made.name))
+    await asyncio.sleep(1.0)
+    assert (await node.runs.GetRun(run_pb2.GetRunRequest(name=made.name))).run.state == run_pb2.RUN_STATE_CANCELLED
+    gone = await failure(node.runs.GetRun(run_pb2.GetRunRequest(name="namespaces/default/runs/none")))
+    assert isinstance(gone, errors.StoreUnavailable)
+
+
+# -- two replicas ---------------------------------------------------------------------------------------------------------------
+
+
+async def test_o5_any_replica_serves_any_call(pair: Rig) -> None:
+    one, two = pair.nodes
+    made = [(await one.runs.CreateRun(creation("a"))).run for _ in range(12)]
+    assert {run.shard for run in made} & two.owned
+    assert {run.shard for run in made} & one.owned
+    for run in made:
+        assert (await two.runs.GetRun(run_pb2.GetRunRequest(name=run.name))).run.uid == run.uid
+    for node in (one, two):
+        listed = (await node.runs.ListRuns(run_pb2.ListRunsRequest())).runs
+        assert {run.uid for run in listed} == {run.uid for run in made}
+        missing = node.runs.GetRun(run_pb2.GetRunRequest(name="namespaces/default/runs/none"))
+        assert isinstance(await failure(missing), errors.NotFound)
+    remote = next(run for run in made if run.shard in two.owned)
+    refused = creation("a", run_id=remote.name.rpartition("/")[2])
+    assert isinstance(await failure(one.runs.CreateRun(refused)), errors.NameTaken)
+
+
+async def test_o4_calls_are_parked_and_watches_go_on_while_shards_move(pair: Rig) -> None:
+    one, two = pair.nodes
+    made = next(
+        run for run in [(await one.runs.CreateRun(creation("a", "b"))).run for _ in range(16)] if run.shard in two.owned
+    )
+    watch = aiter(one.runs.WatchRun(run_pb2.WatchRunRequest(name=made.name)))
+    first = await anext(watch)
+    await two.server.drain()
+    leaving = asyncio.create_task(two.replica.stop())
+    retry = creation("a")
+    results = await asyncio.gather(
+        *(one.runs.GetRun(run_pb2.GetRunRequest(name=made.name), timeout=20) for _ in range(5)),
+        one.runs.CreateRun(retry, timeout=20),
+    )
+    await leaving
+    assert {result.run.uid for result in results[:5]} == {made.uid}
+    await until(lambda: len(one.owned) == 33)
+    await one.runs.CancelRun(run_pb2.CancelRunRequest(request_id=request_id(), name=made.name), timeout=20)
+    messages = [first, *[message async for message in watch]]
+    numbers = [event.number for message in messages for event in message.events]
+    assert numbers == list(range(1, messages[-1].run.event_number + 1))
+
+
+async def test_the_client_library_goes_from_a_leaving_replica_to_another(pair: Rig) -> None:
+    one, two = pair.nodes
+    async with client(one, two) as sdk:
+        made = await sdk.create_run(spec("a"), deadline=CLOCK.wall() + 60)
+        await one.server.drain()
+        assert (await sdk.get_run(made.name)).uid == made.uid
+        await sdk.cancel_run(made.name)
+        assert (await sdk.wait_run(made.name)).state == run_pb2.RUN_STATE_CANCELLED
+
+
+async def test_74_a_store_that_is_down_is_said_with_what_was_applied(federation: Rig, node: Node) -> None:
+    federation.etcd.lose_quorum()
+    error = await failure(node.runs.CreateRun(creation("a"), timeout=2))
+    assert error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+    assert error.applied == "unknown"  # it was decided, and may land when the store is back (J6)
+    federation.etcd.regain_quorum()

@@ -1,0 +1,168 @@
+"""Binding ready tasks to grants and freed slots (PROTOCOL C1, C2, C3, O7)."""
+
+from __future__ import annotations
+
+from control_plane.core.commands import DropGrants, Finish, Grant, PutNamespace, TakeGrants, TakeReports
+from control_plane.core.events import AttemptsFinished, AttemptsPlaced
+from control_plane.core.model import Admission, Outcome, Resources, TaskState
+from control_plane.core.placing import PLACINGS
+from tests.unit.core.shard_kit import START, Shard, facts, request, task
+
+
+def placed(shard: Shard, uid: str = "r1") -> list[str]:
+    return [view.id for view in shard.machine.tasks(uid, 0, 10_000) if view.state is TaskState.PLACED]
+
+
+def test_c1_demand_is_counted_by_group() -> None:
+    shard = Shard(facts("a"))
+    big = Resources(cpu_millis=8000)
+    shard.create(task("x"), task("y", argv=("other",)), task("z", resources=big), task("later", 0))
+    lines = shard.machine.demand(START)
+    assert sorted((line.group.resources.cpu_millis, line.count) for line in lines) == [(1000, 2), (8000, 1)]
+    assert all(line.key == line.group.key() for line in lines)
+    assert all((line.slack_seconds, line.since_wall) == (1000.0, START) for line in lines)
+
+
+def test_c1_slack_is_that_of_the_most_urgent_task() -> None:
+    shard = Shard(facts("a"))
+    shard.create(task("x"), uid="r1", deadline=500.0)
+    shard.now += 5.0
+    shard.create(task("x", expected=20.0), task("y", 0, expected=30.0), uid="r2", deadline=200.0)
+    (line,) = shard.machine.demand(shard.now)
+    assert (line.count, line.slack_seconds, line.since_wall) == (2, 150.0, START)
+
+
+def test_c2_least_slack_first_then_first_in_first_out() -> None:
+    shard = Shard(facts("a"))
+    shard.create(task("x"), task("y"), uid="r1", deadline=500.0)
+    shard.create(task("urgent"), uid="r2", deadline=100.0)
+    order = []
+    for _ in range(3):
+        shard.grant("a")
+        order += [e.run + str(e.tasks) for e in shard.last() if isinstance(e, AttemptsPlaced)]
+    assert order == ["r2(0,)", "r1(0,)", "r1(1,)"]
+
+
+def test_c2_a_grant_binds_no_more_than_it_says_and_is_used_up() -> None:
+    shard = Shard(facts("a"))
+    shard.create(*(task(f"t{i}") for i in range(5)))
+    shard.grant("a", 3)
+    assert len(placed(shard)) == 3
+    shard.settled()
+    assert len(placed(shard)) == 3
+
+
+def test_c2_a_grant_serves_tasks_that_become_ready_while_it_lasts() -> None:
+    shard = Shard(facts("a"))
+    shard.create(task("x"), task("y", 0))
+    shard.grant("a", 2)
+    shard.finish(shard.only(0))
+    assert placed(shard) == ["y"]
+
+
+def test_c2_a_freed_slot_serves_the_next_task_in_the_same_batch() -> None:
+    shard = Shard(facts("a"))
+    shard.create(*(task(f"t{i}") for i in range(3)))
+    shard.grant("a", 1)
+    shard.finish(shard.only(0))
+    assert [type(event) for event in shard.last()] == [AttemptsFinished, AttemptsPlaced]
+    assert placed(shard) == ["t1"]
+
+
+def test_c2_a_slot_without_a_task_lapses_with_its_batch() -> None:
+    shard = Shard(facts("a"))
+    shard.create(task("x"))
+    shard.grant("a", 1)
+    shard.finish(shard.only(0))
+    shard.create(task("x"), uid="r2")
+    assert placed(shard, "r2") == []
+
+
+def test_c2_slots_of_groups_that_must_return_are_not_used_again() -> None:
+    shard = Shard(facts("a"))
+    shard.create(task("x"), task("y"))
+    shard.grant("a", 1)
+    key = shard.machine.demand()[0].key
+    shard.do(TakeGrants(1, (), returning=frozenset([key])))
+    shard.finish(shard.only(0))
+    assert placed(shard) == []
+
+
+def test_c2_a_slot_on_a_cordoned_cluster_is_not_used_again() -> None:
+    shard = Shard(facts("a"))
+    shard.create(task("x"), task("y"))
+    shard.grant("a", 1)
+    shard.fleet(facts("a", admission=Admission.CORDONED))
+    shard.finish(shard.only(0))
+    assert placed(shard) == []
+
+
+def test_f8_a_slot_whose_stop_is_outstanding_stays_reserved() -> None:
+    shard = Shard(facts("a"))
+    shard.create(task("x"), task("y"))
+    shard.grant("a", 1)
+    shard.fleet(facts("a", admission=Admission.DRAINING))
+    shard.fleet(facts("a"))
+    shard.finish(shard.only(0))
+    assert placed(shard) == []
+
+
+def test_c3_older_terms_are_refused_and_newer_ones_replace() -> None:
+    shard = Shard(facts("a"))
+    shard.create(task("x"), task("y"))
+    key = shard.machine.demand()[0].key
+    shard.do(TakeGrants(5, ()))
+    shard.grant("a", 1, term=4)
+    assert placed(shard) == []
+    shard.do(TakeGrants(5, (Grant("a", 1, key, 1),)), TakeGrants(6, ()))
+    assert placed(shard) == []
+
+
+def test_grants_end_with_their_time_to_live() -> None:
+    shard = Shard(facts("a"))
+    shard.create(task("x"), task("y", 0))
+    shard.grant("a", 5)
+    shard.do(DropGrants(1))
+    shard.do(TakeGrants(1, (), (("key", "nothing fits"),)))
+    report = Finish(shard.only(0), Outcome.STOPPED, None, b"", "", 0, 0)
+    shard.do(TakeReports("a", 1, finished=(report,)))
+    assert placed(shard) == []
+
+
+def test_reasons_of_the_leader_explain_a_waiting_task() -> None:
+    shard = Shard(facts("a"))
+    shard.create(task("x"))
+    key = shard.machine.demand()[0].key
+    shard.do(TakeGrants(1, (), ((key, "no cluster has label gpu=a100"),)))
+    assert shard.task().reason == "no cluster has label gpu=a100"
+
+
+def test_o7_a_namespaces_quota_bounds_its_live_attempts_here() -> None:
+    shard = Shard(facts("a"))
+    shard.do(PutNamespace(request(1), "ns", 1.0, 2, 0.0))
+    shard.create(*(task(f"t{i}") for i in range(5)))
+    assert shard.machine.demand()[0].count == 2
+    shard.grant("a", 5)
+    assert len(placed(shard)) == 2
+    assert shard.machine.demand() == []
+    shard.finish(shard.only(0))
+    assert len(placed(shard)) == 2
+
+
+def test_j2_a_big_placement_is_made_in_parts() -> None:
+    shard = Shard(facts("a"))
+    shard.create(*(task(f"t{i}") for i in range(PLACINGS + 10)))
+    shard.grant("a", PLACINGS + 10)
+    assert len(placed(shard)) == PLACINGS
+    shard.settled()
+    assert len(placed(shard)) == PLACINGS + 10
+
+
+def test_cancelled_tasks_leave_their_lane() -> None:
+    shard = Shard(facts("a"))
+    shard.create(task("x"), uid="r1")
+    shard.create(task("x"), uid="r2")
+    shard.cancel("r1")
+    assert shard.machine.demand()[0].count == 1
+    shard.grant("a", 2)
+    assert placed(shard, "r2") == ["x"]
