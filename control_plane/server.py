@@ -134,7 +134,7 @@ class GrpcServer:
     # -- the pieces --------------------------------------------------------------------------------------------------------
 
     async def _say(self, status: int) -> None:
-        await self._health.set("", status)  # type: ignore[arg-type]  # the stubs know no enum
+        await self._health.set("", status)
 
     def _bind(self) -> int:
         if self._reloader is None:

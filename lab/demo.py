@@ -5,8 +5,8 @@ through the public API, counted from the attempts that the federation recorded. 
 seen: the run succeeded, each task's result was accepted once, work moved, a late result of the frozen cluster came in under
 its old fence and was refused (PROTOCOL F2, F8), and the results are those of the same graph without faults.
 
-The order of the faults is not free. The second cluster is frozen only after the first one's work has moved, so that its two
-losses do not look like a storm (S7). The frozen agent's guard lets a task of three seconds end before the fence at nine
+The order of the faults is not free. The second cluster is frozen only after the first one's work has moved, so that the two
+losses seldom look like a storm (S7), which would hold the work for another 20 s. The frozen agent's guard lets a task of three seconds end before the fence at nine
 (F5), keeps its report, and the agent delivers it after the thaw, when a copy has long been placed.
 """
 

@@ -6,8 +6,8 @@ For every live attempt of the cluster, by the generation it lives in:
 |---|---|---|
 | the session's | queued, void | confirm: dispatch again (F3) |
 | the session's | not listed | resend under the same identity (S6) |
-| older, other boot id | anything but finished | lost, evidence REPORTED: nothing survives a reboot |
-| older, other journal uid | anything | nothing: a reinstalled agent's silence is no proof of death |
+| older, other journal uid | anything | nothing: a reinstalled agent's silence is no proof of death, nor is another host's |
+| older, same journal, other boot id | anything but finished | lost, evidence REPORTED: nothing survives a reboot |
 | older, both unchanged | queued, void, running, not listed | adopt; confirm or resend as above, after the adoption |
 | any | finished, stopping, tombstoned | nothing: its report is on its way |
 
@@ -87,11 +87,13 @@ class _Sorting:
             origin = self._facts.find(generation) if self._facts else None
             if origin is None:
                 return
+            if origin.journal_uid != self._command.journal_uid:
+                return  # only the same journal proves that it is the same host
             if origin.boot_id != self._command.boot_id:
                 if phase != Phase.FINISHED:
                     self.dead.append(id_)
                 return
-            if origin.journal_uid != self._command.journal_uid or stopping or phase not in (None, *_ALIVE):
+            if stopping or phase not in (None, *_ALIVE):
                 return
             self.adopted.append(id_)
         if stopping:

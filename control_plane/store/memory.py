@@ -102,7 +102,7 @@ class MemoryStore:
             after, batch = self._server.keyspace.changes(prefix, cursor)
             if batch is None:
                 cursor = after
-                await self._server.changed(cursor)
+                cursor = await self._server.changed(prefix, cursor)
                 continue
             fault = self._faults.watch(prefix, batch.revision) if self._faults else NO_WATCH_FAULT
             if fault.delay:

@@ -93,6 +93,10 @@ class Keyspace:
         batch = WatchBatch(events[-1].kv.mod_revision, tuple(events)) if events else None
         return max(start, stop), batch
 
+    def last_keys(self) -> list[str]:
+        """Keys that the newest revision changed."""
+        return [event.kv.key for event in self._history[-1]] if self._history else []
+
     def size(self) -> int:
         """Bytes of all kept versions, keys included."""
         return sum(len(kv.key) + len(kv.value) for versions in self._versions.values() for kv in versions)

@@ -84,7 +84,8 @@ class MemoryEtcd:
         self._ended: dict[int, int] = {}
         self._next_lease = 1
         self._parked: list[Callable[[], None]] = []
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._waiters: dict[asyncio.Future[int], str] = {}
+        """Watches that wait, in the order of their coming, and the prefix of each."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- requests (synchronous: the moment of linearization) -----------------------------------------------------------
@@ -102,7 +103,7 @@ class MemoryEtcd:
         before = self.keyspace.revision
         result = self.keyspace.commit(txn)
         if self.keyspace.revision != before:
-            self.wake()
+            self._told()
         return result
 
     def range(self, prefix: str, start: str, limit: int, revision: int, keys_only: bool) -> RangeResult:
@@ -143,7 +144,7 @@ class MemoryEtcd:
         keys = sorted(key for key, kv in self.keyspace.live.items() if kv.lease == lease_id)
         if keys:
             self.keyspace.run([Delete(key) for key in keys], succeeded=True)
-            self.wake()
+            self._told()
 
     def compact(self, revision: int) -> None:
         """Forget history. Raises NotApplied for a revision in the future."""
@@ -186,16 +187,18 @@ class MemoryEtcd:
             self._start(self._later(delay, arrive))
         return future
 
-    async def changed(self, cursor: int) -> None:
-        """Return once there is something at or after revision `cursor`, or something was compacted or restored."""
+    async def changed(self, prefix: str, cursor: int) -> int:
+        """Wait until something under `prefix` may have changed at or after revision `cursor`; the first revision that has to
+        be looked at. Everything before it is surely not under `prefix`, so a compaction does not hurt a watch that is
+        up to date (as etcd's synced watchers)."""
         if self.keyspace.revision >= cursor:
-            return
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.add(waiter)
+            return cursor
+        waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._waiters[waiter] = prefix
         try:
-            await waiter
+            return max(cursor, await waiter)
         finally:
-            self._waiters.discard(waiter)
+            self._waiters.pop(waiter, None)
 
     # -- faults of the server ------------------------------------------------------------------------------------------
 
@@ -275,6 +278,14 @@ class MemoryEtcd:
         task.add_done_callback(self._tasks.discard)
 
     def wake(self) -> None:
+        """Everybody looks again: the store was compacted, restored or closed."""
         for waiter in self._waiters:
             if not waiter.done():
-                waiter.set_result(None)
+                waiter.set_result(self.keyspace.revision + 1)
+
+    def _told(self) -> None:
+        """A revision was written: tell those who wait for one of its keys."""
+        written = self.keyspace.last_keys()
+        for waiter, prefix in self._waiters.items():
+            if not waiter.done() and any(key.startswith(prefix) for key in written):
+                waiter.set_result(self.keyspace.revision)

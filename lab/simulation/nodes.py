@@ -74,6 +74,7 @@ class Node:
         """SIGKILL."""
         self.life = Life.DEAD
         self._held.clear()
+        self._loop.graveyard += [task for task in asyncio.all_tasks(self._loop) if getattr(task, "node", None) is self]
 
     def hold(self, handle: asyncio.Handle) -> None:
         """Keep a callback for the thaw; a dead node's is forgotten."""
@@ -84,8 +85,9 @@ class Node:
 class SimTask(asyncio.Task[Any]):
     """A task whose hash is its number."""
 
-    def __init__(self, work: Any, *, number: int, **options: Any) -> None:
+    def __init__(self, work: Any, *, number: int, node: Node | None, **options: Any) -> None:
         self._number = number
+        self.node = node
         super().__init__(work, **options)
 
     def __hash__(self) -> int:
@@ -104,6 +106,8 @@ class SimLoop(VirtualLoop):
         self.turns = 0
         self.buried = False
         """The run is over: even dead nodes' callbacks run now, so that their tasks can be cancelled."""
+        self.graveyard: list[asyncio.Task[Any]] = []
+        """Tasks of dead nodes, kept from the garbage collector, which would run their `finally`."""
         self._order = shuffle
         self._numbers = 0
         self.set_task_factory(self._make_task)  # type: ignore[arg-type]  # the stubs know no `context` argument
@@ -112,7 +116,9 @@ class SimLoop(VirtualLoop):
         self, _loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any] | Generator[Any, None, Any], **options: Any
     ) -> asyncio.Future[Any]:
         self._numbers += 1
-        return SimTask(work, loop=self, number=self._numbers, **options)
+        context = options.get("context")
+        node = NODE.get() if context is None else context.get(NODE)
+        return SimTask(work, loop=self, number=self._numbers, node=node, **options)
 
     def make_ready(self, handles: deque[asyncio.Handle]) -> None:
         """Run these next."""

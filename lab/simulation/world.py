@@ -178,7 +178,7 @@ async def _make(seed: int, shape: Shape, loop: SimLoop) -> World:
 def _bury(loop: SimLoop) -> None:
     """Cancel what is left, the tasks of dead nodes too."""
     loop.buried = True
-    left = [task for task in asyncio.all_tasks(loop) if not task.done()]
+    left = {*loop.graveyard, *(task for task in asyncio.all_tasks(loop) if not task.done())}
     for task in sorted(left, key=hash):
         task.cancel()
     if left:

@@ -72,7 +72,7 @@ class Home:
 
     def cluster(self, name: str) -> dict[str, Any]:
         """As the control plane sees it."""
-        clusters: list[dict[str, Any]] = json.loads(self.baton("get", "clusters", "-o", "json").stdout)
+        clusters: list[dict[str, Any]] = json.loads(self.baton("get", "clusters", "-o", "json").stdout)["clusters"]
         return next(each for each in clusters if each["name"] == f"clusters/{name}")
 
     def processes(self) -> list[Identity]:

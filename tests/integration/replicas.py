@@ -105,7 +105,7 @@ async def client(*nodes: Node) -> AsyncIterator[AsyncClient]:
 
 async def until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
     async with asyncio.timeout(seconds):
-        while not holds():
+        while not holds():  # noqa: ASYNC110 - nobody would set an event for a test
             await asyncio.sleep(0.02)
 
 

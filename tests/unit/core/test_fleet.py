@@ -198,7 +198,9 @@ def test_s3_suspect_and_back_is_idempotent_and_only_for_the_living_generation(to
 
 def test_s8_lease_values_change_only_with_a_generation(told: Told) -> None:
     told.open()
-    told.open(profile="patient", lost_seconds=540.0, guard_seconds=60.0)
+    patient = replace(HELLO, profile="patient", lost_seconds=540.0, guard_seconds=60.0)
+    assert told.refused(patient) == "GENERATION_ENDING", "its F would outlive the L and G that owners wait"
+    assert told.open(profile="hasty", lost_seconds=10.0, guard_seconds=5.0).resumed, "a shorter F is safe"
     (session,) = told.fleet.live()
     assert (session.profile, session.lost_seconds, told.generations()[-1].guard_seconds) == ("fast", 15.0, 5.0)
     told.lose()

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from control_plane.core.commands import Archived, GenerationFenced, Grant, Held, TakeGrants, TakeReports, TakeTable
+from control_plane.core.commands import (
+    Archived,
+    Finish,
+    GenerationFenced,
+    Grant,
+    Held,
+    TakeGrants,
+    TakeReports,
+    TakeTable,
+)
 from control_plane.core.events import AttemptsAdopted, AttemptsLost, AttemptsPlaced, StopsOrdered
 from control_plane.core.inventory import Phase
 from control_plane.core.losses import REVIEWS
@@ -323,6 +332,15 @@ def test_s6_another_boot_id_is_death_at_once(policy: OnClusterLost) -> None:
     assert shard.task().state is TaskState.READY
 
 
+def test_s6_another_boot_id_under_another_journal_may_be_another_host_and_proves_nothing() -> None:
+    shard, first = placed()
+    lose(shard, Evidence.TIMED, fence=False)
+    back(shard, boot="another", journal="another")
+    shard.inventory(held(first, Phase.RUNNING), number=2, boot="another", journal="another")
+    assert shard.only() == first
+    assert not shard.events(AttemptsLost)
+
+
 def test_s6_a_result_that_outlived_the_reboot_is_waited_for() -> None:
     shard, first = placed()
     lose(shard, Evidence.REPORTED, fence=False)
@@ -470,3 +488,11 @@ def test_without_hedge_a_suspect_cluster_costs_nothing() -> None:
     shard.fleet(facts("a", health=Health.SUSPECT))
     assert shard.machine.demand() == []
     assert shard.only() == first
+
+
+def test_s1_an_agent_speaks_only_of_its_own_cluster() -> None:
+    shard, first = placed()
+    report = Finish(first, Outcome.SUCCEEDED, 0, b"not mine", "", 0.0, 0.0)
+    acked = shard.do(TakeReports("b", 1, finished=(report,), rejected=((first, "full"),), stopped=(first,)))
+    assert acked == (first,)
+    assert shard.last() == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from control_plane.core.commands import TakeReports
-from control_plane.core.events import RetriesSet
+from control_plane.core.events import AttemptsFinished, RetriesSet
 from control_plane.core.model import Outcome, RetryPolicy, RunState, TaskState
 from tests.unit.core.shard_kit import Shard, facts, task
 
@@ -111,3 +111,17 @@ def test_a_cancelled_run_retries_nothing() -> None:
     shard.finish(attempt, Outcome.FAILED)
     assert not shard.events(RetriesSet)
     assert shard.task().state is TaskState.CANCELLED
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_j2_a_batch_cut_off_before_its_retry_goes_on_after_a_takeover(snapshot: bool) -> None:
+    shard = placed(APPLICATION)
+    attempt = shard.only()
+    shard.finish(attempt, Outcome.FAILED)
+    stamp, events = shard.log.pop()
+    assert [type(event) for event in events] == [AttemptsFinished, RetriesSet]
+    shard.log.append((stamp, events[:1]))
+    shard.machine = shard.replayed()
+    shard.take_over(snapshot=snapshot)
+    assert shard.task().state is TaskState.READY
+    assert shard.events(RetriesSet) == events[1:]

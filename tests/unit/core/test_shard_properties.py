@@ -293,6 +293,6 @@ class ShardMachine(RuleBasedStateMachine):
 
 
 ShardMachine.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=80, stateful_step_count=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestShard = ShardMachine.TestCase
