@@ -105,6 +105,7 @@ class Conversation:
         self._out: asyncio.Queue[agent_pb2.SessionRequest] = asyncio.Queue(OUTBOX)
         self._dropped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._welcome = asyncio.Event()
+        self.ended = asyncio.Event()
         self._values = parts.lease
         self._beats: dict[int, float] = {}
         self._seq = 0
@@ -112,11 +113,14 @@ class Conversation:
         self._log_room = asyncio.Semaphore(LOG_READERS)
 
     async def run(self) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._write())
-            tasks.create_task(self._read(tasks))
-            tasks.create_task(self._beat())
-            tasks.create_task(self._watch())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._write())
+                tasks.create_task(self._read(tasks))
+                tasks.create_task(self._beat())
+                tasks.create_task(self._watch())
+        finally:
+            self.ended.set()
 
     def put(self, message: agent_pb2.SessionRequest) -> None:
         try:
@@ -175,6 +179,8 @@ class Conversation:
                     await self._parts.reconciler.post(event)
 
     async def _welcomed(self, welcome: agent_pb2.Welcome) -> None:
+        if self.generation is not None:  # answers to heartbeats on their way would count for another generation (F5)
+            raise StreamDropped("a second Welcome on one stream")
         try:
             self._values = translate.lease_values(welcome, self._parts.lease)
         except UnsafeLease as error:

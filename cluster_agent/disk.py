@@ -16,6 +16,8 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -67,7 +69,10 @@ class RealDisk:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise DiskFailure(error.errno, f"cannot make {directory}: {error.strerror}") from error
-        self._lock = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._lock = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DiskFailure(error.errno, f"cannot use {directory}: {error.strerror}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -98,13 +103,13 @@ class RealDisk:
 
     async def sync(self, name: str) -> None:
         try:
-            await asyncio.to_thread(os.fdatasync, self._open(name))
+            await _to_its_end(partial(os.fdatasync, self._open(name)))
         except OSError as error:
             raise DiskFailure(error.errno, f"cannot sync {name}: {error.strerror}") from error
 
     async def replace(self, name: str, data: bytes) -> None:
         try:
-            await asyncio.to_thread(self._replace, name, data)
+            await _to_its_end(partial(self._replace, name, data))
         except OSError as error:
             raise DiskFailure(error.errno, f"cannot replace {name}: {error.strerror}") from error
 
@@ -112,7 +117,7 @@ class RealDisk:
         try:
             self._forget(name)
             (self._directory / name).unlink(missing_ok=True)
-            await asyncio.to_thread(self._sync_directory)
+            await _to_its_end(self._sync_directory)
         except OSError as error:
             raise DiskFailure(error.errno, f"cannot remove {name}: {error.strerror}") from error
 
@@ -155,6 +160,22 @@ class RealDisk:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+async def _to_its_end(work: Callable[[], None]) -> None:
+    """`work` in a thread. Whoever is cancelled still waits for it: a thread cannot be stopped, and one that replaced a
+    file after the directory's lock was given back would undo what the next agent wrote there."""
+    running = asyncio.ensure_future(asyncio.to_thread(work))
+    cancelled = False
+    while not running.done():
+        try:
+            await asyncio.wait((running,))
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        running.exception()
+        raise asyncio.CancelledError
+    running.result()
 
 
 class MemoryDisk:

@@ -50,10 +50,12 @@ def encode(record: Record) -> Value:  # noqa: PLR0911 - one return per kind, not
             return {"t": "mark", "shard": shard, "mark": [mark.incarnation, mark.seq, mark.nonce]}
         case Starting():
             need = record.demand
+            extended = [list(item) for item in need.extended]
             return {
                 **_attempt("starting", record.key, record.shard, record.generation),
-                "demand": [need.cpu_millis, need.memory_bytes, need.disk_bytes, [list(item) for item in need.extended]],
+                "demand": [need.cpu_millis, need.memory_bytes, need.disk_bytes, extended],
                 "grace": record.grace_seconds,
+                **({"keep": True} if record.keep_at_fence else {}),
             }
         case Moved(key, generation):
             return {"t": "moved", "key": key.text(), "gen": generation}
@@ -100,7 +102,8 @@ def _read_ended(value: Value) -> Ended:
 def _read_starting(value: Value) -> Starting:
     cpu, memory, disk, extended = value["demand"]
     demand = Demand(cpu, memory, disk, tuple((name, amount) for name, amount in extended))
-    return Starting(AttemptKey.parse(value["key"]), value["shard"], value["gen"], demand, value["grace"])
+    key, keep = AttemptKey.parse(value["key"]), value.get("keep", False)
+    return Starting(key, value["shard"], value["gen"], demand, value["grace"], keep)
 
 
 def _read_tombstoned(value: Value) -> Tombstoned:

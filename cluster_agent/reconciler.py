@@ -30,6 +30,7 @@ from cluster_agent.core.commands import (
     AdoptWork,
     ForgetWork,
     KillAll,
+    KillIfSilent,
     RejoinExecutor,
     RenewLease,
     SetBounds,
@@ -163,7 +164,7 @@ class Reconciler:
                 self._doubted = True
                 self._wake.set()
 
-    def _call(self, action: Action) -> Awaitable[None] | None:
+    def _call(self, action: Action) -> Awaitable[None] | None:  # noqa: PLR0911 - one return per kind, nothing nested
         """The executor's part of an action; None if it is the session's."""
         executor = self._executor
         match action:
@@ -182,6 +183,8 @@ class Reconciler:
                 return executor.configure(fence, kill)
             case KillAll():
                 return executor.kill_all()
+            case KillIfSilent():
+                return executor.kill_if_silent()
         return None
 
     # --- the executor's side ------------------------------------------------------------------------------------------

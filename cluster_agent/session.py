@@ -14,6 +14,7 @@ work are the machine's.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 from cluster_agent import translate
 from cluster_agent.conversation import Conversation, GuardWatch, Parts, StreamDropped
@@ -38,6 +39,11 @@ BACKOFF_UNLEASED_SECONDS = 5.0
 """Longest pause when there is nothing left to save: a thousand agents must not be a storm on a replica that comes up."""
 
 
+FAREWELL_SECONDS = 2.0
+"""After a goodbye, for the control plane to end the stream; it commits a loss first. Shorter, and a goodbye may be cut
+off with the stream (the session then ends by time); longer only delays the exit."""
+
+
 class Session:
     """Keeps one session; `run` is the loop, `send` is where the reconciler's actions come in."""
 
@@ -45,10 +51,11 @@ class Session:
         self._parts = parts
         self._guard = GuardWatch(parts)
         self._number = 0
+        self._left = False
         self._conversation: Conversation | None = None
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled, or until the stream of a goodbye has ended."""
         failures = 0
         while True:
             pause = 0.0
@@ -59,6 +66,8 @@ class Session:
                 log.warning("The control plane cannot be reached.", extra={"cause": str(error)})
             else:
                 answered, pause = await self._converse(stream)
+                if self._left:
+                    return  # the control plane ends a stream after a goodbye; another one would open a session anew
             failures = 0 if answered else failures + 1
             unleased = self._parts.reconciler.machine.link.renewed_at is None
             most = BACKOFF_UNLEASED_SECONDS if unleased else BACKOFF_LEASED_SECONDS
@@ -102,13 +111,19 @@ class Session:
                 talk.drop(StreamDropped(reason))
 
     async def goodbye(self, seconds: float) -> bool:
-        """Say that all work is dead (S5), and wait until it has left; False if there is no session to say it in."""
+        """Say that all work is dead (S5), and wait until it has left; False if there is no session to say it in.
+
+        The stream's end is its acknowledgement. It is waited for, as an end of our own could overtake the goodbye.
+        """
         talk = self._conversation
         if talk is None or talk.generation is None:
             return False
+        self._left = True
         talk.put(translate.goodbye(talk.generation))
         try:
             await within(self._parts.clock, seconds, talk.sent())
         except TimeoutError:
             return False
+        with suppress(TimeoutError):
+            await within(self._parts.clock, FAREWELL_SECONDS, talk.ended.wait())
         return True

@@ -24,7 +24,7 @@ from control_plane.core.commands import Archived
 from control_plane.core.model import FLEET, shard_of
 from control_plane.core.shard import RunShard
 from control_plane.core.views import RunEventView, RunView, TaskView
-from control_plane.history import PIECE, Archive, History, HistoryDown, Piece
+from control_plane.history import PIECE, Archive, History, HistoryDown, Piece, attempt_key
 from control_plane.refusals import NotOwned, StoreDown
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,8 @@ class Archiver:
                 timeout=READ_TIMEOUT,
             )
             response = run_pb2.ListTasksResponse(tasks=[self._translator.task(t, shard.incarnation) for t in tasks])
-            pieces.append(Piece(start, response))
+            nonces = {attempt_key(t.index, a.id.n): a.id.nonce for t in tasks for a in t.attempts}
+            pieces.append(Piece(start, response, nonces))
             await self._clock.sleep(0)
         told: list[run_pb2.RunEvent] = []
         for event in events:

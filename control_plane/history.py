@@ -12,7 +12,7 @@ cannot drift apart in meaning, and old records stay readable as long as the publ
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton import names
@@ -27,12 +27,19 @@ class HistoryDown(Exception):
     """The history store does not answer. For an insert: unknown, and harmless to repeat."""
 
 
+def attempt_key(task: int, n: int) -> str:
+    """Names an attempt in its run."""
+    return f"{task}.{n}"
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Consecutive tasks of a run, in order of index; `response.tasks` are they."""
 
     start: int
     response: run_pb2.ListTasksResponse
+    nonces: Mapping[str, str] = field(default_factory=dict)
+    """`attempt_key` -> nonce: with it a cluster still finds the output of an attempt that its agent has forgotten."""
 
     @property
     def ids(self) -> str:
@@ -93,6 +100,10 @@ class History(Protocol):
         """One task of a run."""
         ...
 
+    async def nonce(self, uid: str, task: int, n: int) -> str:
+        """The nonce of an attempt (PROTOCOL F1) by its task's index and its number; empty if it is not known."""
+        ...
+
     async def events(self, uid: str) -> list[run_pb2.RunEvent]:
         """The kept events of a run, in order."""
         ...
@@ -145,6 +156,12 @@ class MemoryHistory:
         archive = self._shown().get(uid)
         pieces = archive.pieces if archive else ()
         return next((task for piece in pieces for task in piece.response.tasks if task.id == task_id), None)
+
+    async def nonce(self, uid: str, task: int, n: int) -> str:
+        """See `History`."""
+        archive = self._shown().get(uid)
+        pieces = archive.pieces if archive else ()
+        return next((p.nonces[key] for p in pieces if (key := attempt_key(task, n)) in p.nonces), "")
 
     async def events(self, uid: str) -> list[run_pb2.RunEvent]:
         """See `History`."""

@@ -8,6 +8,7 @@ an insert is reported; a file system that loses an acknowledged fsync loses hist
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from baton.v1 import run_pb2
-from control_plane.history import Archive, HistoryDown, Wanted
+from control_plane.history import Archive, HistoryDown, Piece, Wanted, attempt_key
 
 FORMAT = 1
 """`user_version` of the file. A higher one was written by a later version: refused, not guessed (PROTOCOL J11)."""
@@ -46,7 +47,7 @@ CREATE INDEX IF NOT EXISTS runs_uid ON runs (uid, shadowed);
 CREATE INDEX IF NOT EXISTS runs_by_finish ON runs (namespace, finished);
 CREATE TABLE IF NOT EXISTS pieces (
     incarnation INTEGER NOT NULL, uid TEXT NOT NULL, start INTEGER NOT NULL, ids TEXT NOT NULL,
-    tasks BLOB NOT NULL, PRIMARY KEY (incarnation, uid, start));
+    tasks BLOB NOT NULL, nonces BLOB NOT NULL, PRIMARY KEY (incarnation, uid, start));
 """
 
 T = TypeVar("T")
@@ -108,6 +109,19 @@ class SqliteHistory:
             query = "SELECT tasks FROM pieces WHERE incarnation = ? AND uid = ? AND instr(ids, ?) LIMIT 1"
             row = self._reads.execute(query, (_incarnation(self._reads, uid), uid, f"\n{task_id}\n")).fetchone()
             return next((task for task in _unpack(row[0]) if task.id == task_id), None) if row else None
+
+        return await self._in(self._reader, read)
+
+    async def nonce(self, uid: str, task: int, n: int) -> str:
+        """See `History`."""
+
+        def read() -> str:
+            query = (
+                "SELECT nonces FROM pieces WHERE incarnation = ? AND uid = ? AND start <= ? ORDER BY start DESC LIMIT 1"
+            )
+            row = self._reads.execute(query, (_incarnation(self._reads, uid), uid, task)).fetchone()
+            nonces: dict[str, str] = json.loads(zlib.decompress(row[0])) if row else {}
+            return nonces.get(attempt_key(task, n), "")
 
         return await self._in(self._reader, read)
 
@@ -194,9 +208,9 @@ def _insert(connection: sqlite3.Connection, archives: Sequence[Archive]) -> None
             row = (*key, name.namespace, name.run, run.state, finished, shadowed, run.SerializeToString(), events)
             connection.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
             connection.executemany(
-                "INSERT INTO pieces VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO pieces VALUES (?, ?, ?, ?, ?, ?)",
                 (
-                    (*key, piece.start, piece.ids, zlib.compress(piece.response.SerializeToString(), LEVEL))
+                    (*key, piece.start, piece.ids, _pack(piece.response.SerializeToString()), _pack_nonces(piece))
                     for piece in archive.pieces
                 ),
             )
@@ -229,6 +243,14 @@ def _pieces(connection: sqlite3.Connection, uid: str, start: int) -> Iterator[Se
     query = "SELECT tasks FROM pieces WHERE incarnation = ? AND uid = ? AND start >= ? ORDER BY start"
     for (blob,) in connection.execute(query, (*key, begin or 0)):
         yield _unpack(blob)
+
+
+def _pack(content: bytes) -> bytes:
+    return zlib.compress(content, LEVEL)
+
+
+def _pack_nonces(piece: Piece) -> bytes:
+    return _pack(json.dumps(dict(piece.nonces)).encode())
 
 
 def _unpack(blob: bytes) -> Sequence[run_pb2.TaskStatus]:

@@ -6,8 +6,9 @@ seen: the run succeeded, each task's result was accepted once, work moved, a lat
 its old fence and was refused (PROTOCOL F2, F8), and the results are those of the same graph without faults.
 
 The order of the faults is not free. The second cluster is frozen only after the first one's work has moved, so that the two
-losses seldom look like a storm (S7), which would hold the work for another 20 s. The frozen agent's guard lets a task of three seconds end before the fence at nine
-(F5), keeps its report, and the agent delivers it after the thaw, when a copy has long been placed.
+losses seldom look like a storm (S7), which would hold the work for another 20 s. The frozen agent's guard lets a task of
+three seconds end before the fence at nine (F5), keeps its report, and the agent delivers it after the thaw, when a copy has
+long been placed.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def _moved_and_running(tasks: Tasks) -> list[Victim]:
         for task in tasks
         if timeline.moved(task)
         for each in _running(task)
-        if each is task.attempts[-1] or each.n == task.attempts[-1].n
+        if each.n == task.attempts[-1].n
     ]
 
 

@@ -85,7 +85,14 @@ class RejoinExecutor:
 
 @dataclass(frozen=True, slots=True)
 class KillAll:
-    """Kill every workload now (S5, G2)."""
+    """Kill every workload now (S5)."""
+
+    needs_journal: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, slots=True)
+class KillIfSilent:
+    """F has passed: if the guard, which should stop the work now, gives no sign of life, kill it and its work (G2)."""
 
     needs_journal: ClassVar[bool] = False
 
@@ -159,6 +166,7 @@ Action = (
     | SetBounds
     | RejoinExecutor
     | KillAll
+    | KillIfSilent
     | SendHello
     | SendReports
     | SendReceipt

@@ -60,6 +60,11 @@ class Holdings:
         """Attempts that may have a process."""
         return sum(1 for attempt in self.state.attempts.values() if attempt.phase in ALIVE)
 
+    def must_die_at_fence(self) -> bool:
+        """Whether something may run that F ends (F7: kept work goes on, unless it was told to stop)."""
+        held = self.state.attempts.values()
+        return any(a.phase in ALIVE and (not a.keep_at_fence or a.phase is Phase.STOPPING) for a in held)
+
     def waiting(self) -> int:
         """Attempts in the queue."""
         return len(self._queue)
@@ -184,7 +189,8 @@ class Holdings:
             if not self._ledger.place(key, demand):
                 break
             self._queue.remove(key)
-            self.put(Starting(key, attempt.shard, link.generation, demand, spec.grace_seconds))
+            keep = spec.keep_at_fence
+            self.put(Starting(key, attempt.shard, link.generation, demand, spec.grace_seconds, keep))
             orders.append(StartOrder(key, link.generation, spec, stop_boot))
         if orders:
             self.do(StartWork(tuple(orders)))

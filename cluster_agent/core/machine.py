@@ -31,6 +31,7 @@ from cluster_agent.core.commands import (
     DropStream,
     InventoryEntry,
     KillAll,
+    KillIfSilent,
     RejoinExecutor,
     RenewLease,
     SendHello,
@@ -55,6 +56,8 @@ class AgentMachine:
         self._held = Holdings(state, nodes)
         self._joined = False
         self._guard_silent = False
+        self._fenced = False
+        """F passed and no heartbeat was answered since: what ran then must be dead (F5)."""
         self._writable = True
         self._draining = False
         self._now = 0.0
@@ -166,6 +169,7 @@ class AgentMachine:
     def _on_heartbeat_acked(self, event: on.HeartbeatAcked) -> None:
         if not self.link.renew(event.stream, event.generation, event.sent_boot, event.server_wall_ms):
             return
+        self._fenced = False
         self._held.do(RenewLease(event.generation, event.sent_boot))
         self._held.move_adopted(self.link)
 
@@ -177,8 +181,13 @@ class AgentMachine:
         if self.link.is_open:
             self._held.do(DropStream(self.link.stream, "lease lapsed"))
         self.link.lapse()
-        if self._guard_silent:
-            self._held.do(KillAll())  # G2: nobody else will
+        self._fenced = True
+        self._see_to_the_fence()
+
+    def _see_to_the_fence(self) -> None:
+        """G2: the guard stops what F ends; if it does not live, nobody else will."""
+        if self._held.must_die_at_fence():
+            self._held.do(KillIfSilent())
 
     # --- what owners say (F3, F8, S6, J12) ----------------------------------------------------------------------------
 
@@ -226,7 +235,12 @@ class AgentMachine:
     def _on_census(self, event: on.Census) -> None:
         self._joined = True
         self._held.census(event.running, event.ended)
+        if self.link.leased and self.link.renewed_at is not None:
+            # A guard that is new knows of no lease, and would refuse for ever what starts before the next heartbeat.
+            self._held.do(RenewLease(self.link.generation, self.link.renewed_at))
         self._held.move_adopted(self.link)
+        if self._draining:
+            self._held.do(KillAll())  # an earlier one may not have been heard
 
     def _on_executor_lost(self, _: on.ExecutorLost) -> None:
         if self._joined:  # else it is being joined already
@@ -234,8 +248,8 @@ class AgentMachine:
             self._held.do(RejoinExecutor())
 
     def _on_guard_silence(self, event: on.GuardSilence) -> None:
-        if event.silent and not self._guard_silent and self.link.lapsed:
-            self._held.do(KillAll())
+        if event.silent and not self._guard_silent and self._fenced:
+            self._see_to_the_fence()
         self._guard_silent = event.silent
 
     def _on_disk_state(self, event: on.DiskState) -> None:

@@ -141,6 +141,8 @@ class Attempt:
     ended: Ended | None = None
     rejected: str = ""
     """Why it was refused; set in phase TOMBSTONED only."""
+    keep_at_fence: bool = False
+    """Not to be stopped at F (F7); known from its start on."""
     orphaned: bool = False
     """STOPPING because a started attempt has no process (F4): it ends as LOST, not as stopped."""
 

@@ -55,6 +55,7 @@ class Starting:
     generation: int
     demand: Demand
     grace_seconds: float
+    keep_at_fence: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,7 @@ def apply(state: AgentState, record: Record) -> None:
             attempt = _held(state, record.key, record.shard, record.generation)
             attempt.phase, attempt.spec = Phase.STARTING, None
             attempt.demand, attempt.grace_seconds = record.demand, record.grace_seconds
+            attempt.keep_at_fence = record.keep_at_fence
         case Moved(key, generation):
             if key in state.attempts:
                 state.attempts[key].generation = generation
@@ -177,17 +179,18 @@ def snapshot(state: AgentState) -> Iterator[Record]:
 
 def _attempt_records(attempt: Attempt) -> Iterator[Record]:
     key, shard, generation = attempt.key, attempt.shard, attempt.generation
+    starting = Starting(key, shard, generation, attempt.demand, attempt.grace_seconds, attempt.keep_at_fence)
     match attempt.phase:
         case Phase.QUEUED | Phase.VOID:
             return
         case Phase.STARTING | Phase.RUNNING:
-            yield Starting(key, shard, generation, attempt.demand, attempt.grace_seconds)
+            yield starting
         case Phase.FINISHED:
             if attempt.ended is not None:
                 yield Finished(key, shard, generation, attempt.ended)
         case Phase.STOPPING | Phase.TOMBSTONED:
             if attempt.phase is Phase.STOPPING and attempt.demand != Demand():
-                yield Starting(key, shard, generation, attempt.demand, attempt.grace_seconds)
+                yield starting
             if attempt.ended is not None:
                 yield Finished(key, shard, generation, attempt.ended)
             if not attempt.orphaned:

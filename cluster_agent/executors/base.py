@@ -234,6 +234,11 @@ class Executor(Protocol):
         """Kill every workload now and confirm by events (an agent's goodbye, S5)."""
         ...
 
+    async def kill_if_silent(self) -> None:
+        """Wait a moment (2 s at most) for a sign of life of the guard; without one kill it, and its work with it (G2: at
+        F the guard stops what must end, and a guard that does not live stops nothing). A living guard is left alone."""
+        ...
+
     async def close(self) -> None:
         """Leave; workloads of a guard go on (adopted by the next agent)."""
         ...

@@ -85,6 +85,11 @@ class FakeExecutor:
         """See Executor."""
         self._ask(self._host.kill_all)
 
+    async def kill_if_silent(self) -> None:
+        """See Executor."""
+        if not self._host.responsive:
+            self._host.kill_guard()
+
     async def read_log(self, key: AttemptKey, offset: int, limit: int) -> tuple[bytes, bool]:
         """See Executor. Raises TimeoutError while the guard is frozen."""
         self._require()

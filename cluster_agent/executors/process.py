@@ -12,6 +12,7 @@ import asyncio
 import base64
 import fcntl
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
@@ -38,6 +39,7 @@ from cluster_agent.guard.protocol import (
     VERSION,
     Frames,
     Message,
+    ProtocolError,
     SocketDirectory,
     encode,
     entry_from_wire,
@@ -55,6 +57,10 @@ stuck."""
 DEATH_SECONDS = 2.0
 """After the connection broke, for the kernel to release a dead guard's lock. Longer only delays the news of a
 takeover."""
+
+SILENCE_SECONDS = 2.0
+"""Without a tick for so long (the pause bound P of F5) at F, a guard counts as frozen. Smaller kills a guard, and work
+that is to be kept, on a busy host; larger eats into K."""
 
 RETRY_SECONDS = 0.02
 """Between looks at a guard that is starting or dying."""
@@ -95,6 +101,8 @@ class ProcessExecutor:
         self._features: Features | None = None
         self._ticked_at = 0.0
         self._guard_pid = 0
+        self._guard_fd = -1
+        """pidfd of the guard last connected to: it can be killed when it answers nothing any more."""
         self._told_lost = False
         self._said_bye = False
         """The guard ended in order: nothing of its work is left."""
@@ -109,7 +117,7 @@ class ProcessExecutor:
     async def connect(self) -> Sequence[CensusEntry]:
         """See Executor. Raises ConnectionError when no guard can be had (with its words), TimeoutError when one is
         silent."""
-        await self.close()
+        await self._leave()
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         place = SocketDirectory(self._directory)
         try:
@@ -164,6 +172,17 @@ class ProcessExecutor:
         """See Executor."""
         await self._ask({"op": "kill_all"})
 
+    async def kill_if_silent(self) -> None:
+        """See Executor. SIGKILL also ends a stopped process; the kernel or the keepers then end its work (G4)."""
+        asked = self._clock.boot()
+        while self._ticked_at < asked:
+            if self._clock.boot() >= asked + SILENCE_SECONDS:
+                if self._guard_fd >= 0:
+                    with suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(self._guard_fd, signal.SIGKILL)
+                return
+            await self._clock.sleep(RETRY_SECONDS)
+
     async def read_log(self, key: AttemptKey, offset: int, limit: int) -> tuple[bytes, bool]:
         """See Executor; at most 1 MiB a call."""
         self._read_id += 1
@@ -190,6 +209,10 @@ class ProcessExecutor:
 
     async def close(self) -> None:
         """See Executor."""
+        await self._leave()
+        self._hold_guard(-1)
+
+    async def _leave(self) -> None:
         reading, self._reading = self._reading, None
         if reading is not None:
             reading.cancel()
@@ -271,6 +294,10 @@ class ProcessExecutor:
         hello = greeting.hello
         self._features = Features(hello["isolation"], hello["orphan_killer"], hello["detail"])
         self._guard_pid, self._ticked_at = hello["pid"], hello["at"]
+        try:
+            self._hold_guard(os.pidfd_open(self._guard_pid))
+        except ProcessLookupError:
+            self._hold_guard(-1)
         if hello["lost"] and not self._told_lost:
             self._unread.append(GuardLost(killed=True))  # the new guard has seen them dead
         self._told_lost = self._said_bye = False
@@ -281,7 +308,7 @@ class ProcessExecutor:
 
     async def _read(self, reader: asyncio.StreamReader, frames: Frames) -> None:
         """Until the connection ends."""
-        with suppress(ConnectionError):
+        with suppress(ConnectionError, ProtocolError, KeyError, TypeError, ValueError):  # nonsense ends it as well
             while data := await reader.read(READ_BYTES):
                 fresh = [event for message in frames.feed(data) for event in self._take(message)]
                 if fresh:
@@ -330,6 +357,11 @@ class ProcessExecutor:
             finally:
                 os.close(fd)
             await self._clock.sleep(RETRY_SECONDS)
+
+    def _hold_guard(self, fd: int) -> None:
+        if self._guard_fd >= 0:
+            os.close(self._guard_fd)
+        self._guard_fd = fd
 
     async def _hang_up(self) -> None:
         writer, self._writer = self._writer, None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import os
+import resource
 import select
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -32,8 +33,12 @@ from cluster_agent.guard.protocol import (
 from cluster_agent.guard.workload import Spawner, Workload, needs_tree_polling, outcome, resolve
 
 MAX_WORKLOADS = 4096
-"""Running at once. Each takes four descriptors and a keeper of about 2 MiB; more would meet the host's limits
-unannounced."""
+"""Running at once; fewer where the host permits fewer open files. Each takes FILES_PER_WORKLOAD and a keeper of about 2
+MiB; more would meet the host's limits unannounced."""
+
+FILES_PER_WORKLOAD = 4
+SPARE_FILES = 64
+"""Sockets, ledger, pipes of a spawn under way, a walk of the meters. Fewer, and a full guard could not take a call."""
 
 CENSUS_CHUNK = 64
 """Entries per census message: at the result limit such a message has 1.5 MiB."""
@@ -60,6 +65,8 @@ class Guard:
         self._ledger, self._places, self._spawner = ledger, places, spawner
         self._emit, self._watch, self._unwatch = emit, watch, unwatch
         self._min_free_bytes = min_free_bytes
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = max(1, min(MAX_WORKLOADS, (files - SPARE_FILES) // FILES_PER_WORKLOAD))
         self._leases: Leases[str] = Leases()
         self._live: dict[str, Workload] = {}
         self._unwritten: dict[str, tuple[str | None, bool]] = {}
@@ -172,6 +179,8 @@ class Guard:
             program = resolve(request.argv[0], request.env, self._places.work_of(key))
             workload = self._spawner.spawn(request, paths, program)
         except (OSError, ValueError) as error:
+            if not self._spawner.isolation.namespace:
+                self._hunt_strays()  # a keeper that could not be supervised was killed
             wall = host.wall()
             self._exited(Exited(request.key, Cause.SPAWN, None, None, wall, wall, message=str(error)))
             return
@@ -207,8 +216,8 @@ class Guard:
             return "its deadline has passed"
         if not request.argv or not request.argv[0]:
             return "argv is empty"
-        if len(self._live) >= MAX_WORKLOADS:
-            return f"the guard runs {MAX_WORKLOADS} workloads, its limit"
+        if len(self._live) >= self._most:
+            return f"the guard runs {self._most} workloads, its limit"
         free = self._places.free_bytes()
         if free < self._min_free_bytes:
             return f"the executor's disk is full: {free} bytes free, {self._min_free_bytes} needed"

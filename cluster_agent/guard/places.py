@@ -53,8 +53,11 @@ class Places:
             self._count(name, size, mtime)
 
     def free_bytes(self) -> int:
-        """What an ordinary user may still write here."""
-        disk = os.statvfs(self.work)
+        """What an ordinary user may still write here; nothing if that cannot be found out."""
+        try:
+            disk = os.statvfs(self.work)
+        except OSError:
+            return 0
         return disk.f_bavail * disk.f_frsize
 
     def prepare(self, key: AttemptKey, inputs: bytes) -> dict[str, str]:
@@ -81,10 +84,10 @@ class Places:
         return os.open(self.logs / f"{key}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def read_log(self, key: str, offset: int, limit: int) -> tuple[bytes, bool]:
-        """Bytes from `offset`, and whether that reaches the present end; nothing for a log that is gone."""
+        """Bytes from `offset`, and whether that reaches the present end; nothing for a log that is gone or closed to us."""
         try:
             fd = os.open(self.logs / f"{key}.log", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except OSError:
             return b"", True
         try:
             data = os.pread(fd, max(0, min(limit, READ_BYTES)), max(0, offset))

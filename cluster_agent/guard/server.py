@@ -111,17 +111,34 @@ class Server:
             self.guard.enforce(now)
         if now - self._ticked >= TICK_SECONDS:
             self._ticked = now
-            self.guard.tick(now)
+            self._survive(lambda: self.guard.tick(now))
             if self._connection is not None and not self._unsent:  # an agent that does not read needs no more of them
                 self._send({"ev": "tick", "at": now})
                 self._flush()
         if now - self._swept >= SWEEP_SECONDS:
             self._swept = now
-            self.guard.sweep()
+            self._survive(self.guard.sweep)
         return now
 
+    def _survive(self, chore: Callable[[], None]) -> None:
+        """A chore that the host refuses waits for its next time: a guard that died of it would kill all work."""
+        try:
+            chore()
+        except OSError as error:
+            self._note(f"put off: {error!r}")
+
+    @staticmethod
+    def _note(words: str) -> None:
+        """To guard.err, if that can be written at all."""
+        with suppress(OSError):
+            os.write(2, f"guard: {words}\n".encode())
+
     def _accept(self) -> None:
-        connection, _ = self._listener.accept()
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:  # out of descriptors, or it left again: the agent tries again, and work must not die
+            self._note(f"a connection was not taken: {error}")
+            return
         connection.setblocking(False)
         self._drop(superseded=True)
         self._connection = connection
@@ -170,7 +187,7 @@ class Server:
 
     def _refuse(self, error: Exception) -> None:
         """Nonsense costs the other end its connection, never us our life."""
-        os.write(2, f"guard: request refused, connection closed: {error!r}\n".encode())
+        self._note(f"request refused, connection closed: {error!r}")
         self._drop()
 
     def _send(self, message: Message) -> None:

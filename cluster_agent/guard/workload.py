@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,31 +109,27 @@ class Spawner:
     """Open on the keepers' lock."""
 
     def spawn(self, request: StartRequest, paths: Mapping[str, str], program: str) -> Workload:
-        """Fork the keeper, which starts `program`. Raises OSError."""
+        """Fork the keeper, which starts `program`. Raises OSError, and then nothing runs and nothing is held."""
         name, limits = request.key.text(), request.limits
         group = self.groups.make(name, limits)
-        status_read, status_write = os.pipe2(os.O_CLOEXEC)
-        output_read, output_write = os.pipe2(os.O_CLOEXEC)
-        try:
+        meter = DiskMeter(self.places.work_of(name)) if limits.disk_bytes else None
+        with ExitStack() as ours, ExitStack() as theirs:
+            if group is not None:
+                ours.callback(group.remove)
+            status_read, status_write = _pipe(ours, theirs)
+            output_read, output_write = _pipe(ours, theirs)
             log = self.places.open_log(name)
+            ours.callback(os.close, log)
             pipes = keeper.Pipes(status_write, output_read, output_write, log, self.lives_fd, self.lock_fd)
             plan = self._plan(request, {**request.env, **paths}, program, group)
             start_wall = host.wall()
             pid = host.fork_into(self.isolation.flags)
             if pid == 0:
                 keeper.run(plan, pipes)
-        except OSError:
-            for fd in (status_read, output_read):
-                os.close(fd)
-            if group is not None:
-                group.remove()
-            raise
-        finally:
-            os.close(status_write)
-            os.close(output_write)
-        os.set_blocking(status_read, False)
-        meter = DiskMeter(self.places.work_of(name)) if limits.disk_bytes else None
-        pidfd = os.pidfd_open(pid)
+            ours.callback(_bury, pid)
+            pidfd = os.pidfd_open(pid)
+            os.set_blocking(status_read, False)
+            ours.pop_all()
         return Workload(request, pid, pidfd, status_read, output_read, log, group, meter, start_wall)
 
     def _plan(self, request: StartRequest, env: dict[str, str], program: str, group: Group | None) -> keeper.Plan:
@@ -152,6 +148,20 @@ class Spawner:
             namespace=self.isolation.namespace,
             own_proc=self.isolation.own_proc,
         )
+
+
+def _pipe(ours: ExitStack, theirs: ExitStack) -> tuple[int, int]:
+    """Read end for the guard, write end for the keeper; each stack closes its own."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    ours.callback(os.close, read)
+    theirs.callback(os.close, write)
+    return read, write
+
+
+def _bury(keeper_pid: int) -> None:
+    """End a keeper that cannot be supervised: unsupervised work would know no lease, no stop and no deadline (G1)."""
+    os.kill(keeper_pid, signal.SIGKILL)
+    os.waitpid(keeper_pid, 0)
 
 
 def resolve(argv0: str, env: Mapping[str, str], directory: Path) -> str:

@@ -154,7 +154,7 @@ class Edge:
             self._calls -= 1
 
     def _asked(self, method: Method, remaining: float | None, principal: str) -> Asked:
-        cap = STREAM_CAP if method.kind is Kind.STREAM_OUT else UNARY_CAP
+        cap = UNARY_CAP if method.kind is Kind.UNARY else STREAM_CAP
         given = cap if remaining is None else min(remaining, cap)
         return Asked(method.name, principal, self._clock.boot() + given - min(MARGIN, given / 10), self._clock)
 

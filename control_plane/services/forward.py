@@ -27,7 +27,8 @@ PAUSE = 0.1
 of a federation that is busy recovering, larger adds that much to every hand-over."""
 
 TRY_SECONDS = 10.0
-"""Seconds for the first answer of one try at another replica, then it is tried again. Longer than any decision takes; smaller
+"""Seconds for the first answer of one try at another replica, and as many again for each MiB of the request; then it is tried
+again. Longer than any decision takes; smaller
 would double the work of big graphs, larger would let one lost message cost a caller most of its minute."""
 
 LOOK_SECONDS = 0.5
@@ -92,7 +93,8 @@ class Forwarder:
                 async for answer in answers:
                     yield answer
                 return
-            first_by = self._clock.boot() + TRY_SECONDS
+            patience = TRY_SECONDS * (1 + len(payload) / (1 << 20))
+            first_by = self._clock.boot() + patience
             while True:
                 pending = asyncio.ensure_future(anext(answers, None))
                 try:
@@ -114,7 +116,7 @@ class Forwarder:
         if now_owner != owner:
             raise CallLost(f"shard {shard} went from {owner} to {now_owner}")
         if self._clock.boot() > first_by:
-            raise CallLost(f"{owner} did not answer in {TRY_SECONDS:.0f} s")
+            raise CallLost(f"{owner} did not answer in time")
         if asked.over:
             raise TimeoutError
 

@@ -182,7 +182,7 @@ class Logs:
         yield json.dumps(fields).encode()
 
     async def _archived(self, name: names.TaskName, n: int) -> Place:
-        """Of a run in history: its nonces are gone, agents find the attempt by the rest."""
+        """Of a run in history."""
         run = await self._desk.must_be_archived(name.parent)
         task = await from_history(self._desk.history.task(run.uid, name.task))
         if task is None:
@@ -191,7 +191,8 @@ class Logs:
         if attempt is None:
             return Place(run.uid, task.index, 0, "", "", ended=True)
         cluster = self._desk.cluster_uid(attempt.cluster) or attempt.cluster
-        return Place(run.uid, task.index, attempt.n, "", cluster, ended=True)
+        nonce = await from_history(self._desk.history.nonce(run.uid, task.index, attempt.n))
+        return Place(run.uid, task.index, attempt.n, nonce, cluster, ended=True)
 
 
 def _live(uid: str, task: TaskView, n: int) -> Place:

@@ -17,7 +17,7 @@ from lab.simulation.etcd import CALM, Weather
 if TYPE_CHECKING:
     from lab.simulation.world import World
 
-PACE = 9.0
+PACE = 6.0
 """Mean seconds between two faults of a seed."""
 
 GUARD_PAUSE = 1.9
@@ -100,7 +100,7 @@ class Nemesis:
 
     def _long(self) -> float:
         """A duration: mostly short, sometimes beyond every lease."""
-        return self._rng.choice((0.3, 1.5, 4.0, 10.0, 18.0, 35.0)) * self._rng.uniform(0.5, 1.5)
+        return self._rng.choice((0.3, 1.5, 4.0, 10.0, 18.0, 25.0, 35.0)) * self._rng.uniform(0.5, 1.5)
 
     # -- processes -------------------------------------------------------------------------------------------------------
 

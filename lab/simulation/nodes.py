@@ -73,13 +73,16 @@ class Node:
     def kill(self) -> None:
         """SIGKILL."""
         self.life = Life.DEAD
-        self._held.clear()
         self._loop.graveyard += [task for task in asyncio.all_tasks(self._loop) if getattr(task, "node", None) is self]
 
     def hold(self, handle: asyncio.Handle) -> None:
-        """Keep a callback for the thaw; a dead node's is forgotten."""
-        if self.life is Life.FROZEN:
-            self._held.append(handle)
+        """Keep a callback for the thaw; a dead node's for its burial."""
+        self._held.append(handle)
+
+    def bury(self) -> None:
+        """The run is over: let everything be cancelled in order."""
+        self._loop.make_ready(self._held)
+        self._held.clear()
 
 
 class SimTask(asyncio.Task[Any]):

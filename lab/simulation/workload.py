@@ -77,7 +77,7 @@ def _graph(rng: random.Random) -> graph_pb2.GraphSpec:
         task.process.argv.extend(["sim", f"{seconds:.3f}", str(failures), str(stubborn), f"t{index}"])
         task.retry.max_attempts = rng.choice((1, 2, 3, 3))
         task.retry.initial_backoff.FromMilliseconds(500)
-        task.trigger_rule = rng.choice((0, 0, 0, 0, 0, 2, 3, 4))  # type: ignore[assignment]  # the enum's numbers
+        task.trigger_rule = rng.choice((0, 0, 0, 0, 0, 0, 0, 2, 2, 3, 4, 4))  # type: ignore[assignment]  # the enum's numbers
         task.on_cluster_lost = rng.choice((1, 1, 1, 1, 1, 1, 2, 3))  # type: ignore[assignment]  # as above
         task.hedge = rng.random() < 0.1 and task.on_cluster_lost == 1
         task.termination_grace.FromMilliseconds(1000)

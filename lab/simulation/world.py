@@ -10,12 +10,13 @@ import asyncio
 import logging
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton.leases import PROFILES
 from control_plane.history import MemoryHistory
 from lab.sim_network import Links
-from lab.simulation.etcd import SimEtcd
+from lab.simulation.etcd import Revision, SimEtcd
 from lab.simulation.faults import KINDS, Nemesis
 from lab.simulation.nodes import Node, SimLoop
 from lab.simulation.processes import ClusterProcess, Drift, Ground, ReplicaProcess
@@ -40,8 +41,8 @@ class Shape:
 
     replicas: int = 3
     clusters: int = 4
-    cpus: int = 3
-    runs: int = 12
+    cpus: int = 4
+    runs: int = 16
     harm: float = 75.0
     """Seconds of faults."""
     faults: tuple[str, ...] = KINDS
@@ -154,6 +155,7 @@ class Outcome:
     record: Record
     hits: Counter[str]
     turns: int
+    revisions: Sequence[Revision]
 
 
 def simulate(seed: int, shape: Shape | None = None) -> Outcome:
@@ -164,7 +166,7 @@ def simulate(seed: int, shape: Shape | None = None) -> Outcome:
     try:
         world: World = loop.run_until_complete(_make(seed, shape, loop))
         record = loop.run_until_complete(world.run())
-        return Outcome(seed, record, world.hits, loop.turns)
+        return Outcome(seed, record, world.hits, loop.turns, world.ground.etcd.recorded.record)
     finally:
         _bury(loop)
         asyncio.set_event_loop(None)
@@ -178,6 +180,8 @@ async def _make(seed: int, shape: Shape, loop: SimLoop) -> World:
 def _bury(loop: SimLoop) -> None:
     """Cancel what is left, the tasks of dead nodes too."""
     loop.buried = True
+    for node in loop.nodes:
+        node.bury()
     left = {*loop.graveyard, *(task for task in asyncio.all_tasks(loop) if not task.done())}
     for task in sorted(left, key=hash):
         task.cancel()

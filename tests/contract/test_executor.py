@@ -410,6 +410,26 @@ async def test_a_frozen_guard_gives_no_sign_of_life_and_says_late_when_it_wakes(
     assert world.clock.boot() - agent.executor.ticked_at() < 5.0
 
 
+async def test_a_silent_guard_is_killed_with_its_work_and_a_living_one_is_left_alone(
+    world: ExecutorWorld, agent: Agent
+) -> None:
+    """G2: at F somebody must stop the work; SIGKILL ends a stopped guard too."""
+    key = new_key()
+    await agent.executor.start([world.request(key, "--seconds", "60")])
+    await agent.until(Started, key)
+    await agent.executor.kill_if_silent()
+    await world.clock.sleep(0.3)
+    assert agent.kinds(key) == ["Started"]
+    world.freeze_guard()
+    await agent.executor.kill_if_silent()
+    assert isinstance((await agent.until(GuardLost))[0], GuardLost)
+    second = await Agent(world.executor()).connect()
+    entry = second.census[key]
+    assert entry.exited is not None
+    assert entry.exited.cause is Cause.LOST
+    await second.executor.close()
+
+
 async def test_output_is_capped_and_the_attempt_goes_on(world: ExecutorWorld, agent: Agent) -> None:
     key = new_key()
     await agent.executor.start([world.request(key, "--output", "x" * 5000, limits=Limits(output_bytes=1000))])

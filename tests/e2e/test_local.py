@@ -183,6 +183,9 @@ def test_a_frozen_agent_is_suspected_and_thaws(shared: Home) -> None:
     process = proctree.read(shared.part("eu")["pid"])
     assert process is not None
     assert process.state == "T"
+    shared.baton("local", "freeze", "eu", "--all")
+    below = proctree.descendants(process.ppid, proctree.everything())
+    assert {each.state for each in below} == {"T"}
     eventually(lambda: "SUSPECT" in shared.cluster("eu")["health"], "eu to be suspected")
     shared.baton("local", "thaw", "eu")
     eventually(lambda: "READY" in shared.cluster("eu")["health"], "eu to be ready")
@@ -213,6 +216,18 @@ def test_a_killed_replica_is_not_missed_and_comes_back_at_its_address(shared: Ho
     shared.baton("run", shared.graph(), "--wait", "--name", "without-one")
     shared.baton("local", "start", "replica-1")
     assert shared.part("replica-1") == {**shared.part("replica-1"), "state": "running", "address": address}
+
+
+def test_a_cut_replica_is_not_missed_and_comes_back(shared: Home) -> None:
+    shared.baton("local", "cut", "replica-2")
+    shared.baton("run", shared.graph(), "--wait", "--name", "around")
+    shared.baton("local", "heal", "replica-2")
+    assert shared.part("replica-2") == {**shared.part("replica-2"), "state": "running", "network": "up"}
+
+    def replicas() -> int:
+        return len(json.loads(shared.baton("get", "replicas", "-o", "json").stdout)["replicas"])
+
+    eventually(lambda: replicas() == 2, "replica-2 to be a member again")
 
 
 def test_etcd_killed_and_started_again_keeps_what_it_had(shared: Home) -> None:

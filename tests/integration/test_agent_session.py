@@ -387,3 +387,54 @@ async def test_f5_unsafe_timing_is_not_accepted(site: Site) -> None:
         stream.say(welcome=agent_pb2.Welcome(generation=1, lease=unsafe, federation_uid="fu"))
         await eventually(lambda: stream.closed)
         assert not any(message.HasField("heartbeat") for message in stream.heard)
+
+
+async def test_f5_a_second_welcome_ends_the_stream_and_answers_of_one_generation_never_serve_another(site: Site) -> None:
+    async with site.agent():
+        stream = await site.transport.accept(generation=1)
+        stream.answering = False
+        beat = await stream.hear(lambda message: message.HasField("heartbeat"))
+        stream.welcome(generation=2)
+        stream.say(heartbeat_ack=agent_pb2.HeartbeatAck(seq=beat.heartbeat.seq, server_wall_ms=1))
+        stream.dispatch(0, "fake", "--seconds", "30", generation=2)
+        await eventually(lambda: stream.closed)
+        assert site.host.living() == []
+
+
+async def test_g2_a_guard_that_is_frozen_at_f_is_killed_with_its_work_though_no_stream_is_left(site: Site) -> None:
+    async with site.agent():
+        stream = await site.transport.accept()
+        stream.dispatch(0, "fake", "--seconds", "30")
+        await eventually(lambda: len(site.host.living()) == 1)
+        site.transport.reachable = False
+        await stream.close()
+        site.host.freeze_guard()
+        await eventually(lambda: site.host.living() == [])
+        site.transport.reachable = True
+        again = await site.transport.accept(resumed=True)
+        assert (await again.hear(finished)).reports.finished[0].outcome == agent_pb2.OUTCOME_LOST
+
+
+async def test_g2_what_waits_for_a_dead_guards_work_starts_at_the_next_guard(site: Site) -> None:
+    async with site.agent():
+        stream = await site.transport.accept()
+        for task in range(3):
+            stream.dispatch(task, "fake", "--seconds", "30", number=task + 1)
+        await eventually(lambda: len(site.host.living()) == 2)
+        await stream.hear(lambda message: message.receipt.dispatch_no == 3)
+        site.host.kill_guard()
+        await eventually(lambda: len(site.host.living()) == 1)
+        assert len(site.host.intervals) == 3
+        assert not any(message.reports.rejected for message in stream.heard)
+
+
+async def test_s5_after_a_goodbye_no_session_is_opened_again(site: Site) -> None:
+    async with site.agent() as agent:
+        stream = await site.transport.accept()
+        await stream.hear(lambda message: message.HasField("heartbeat"))
+        agent.stop(drain=True)
+        await stream.hear(lambda message: message.HasField("goodbye"))
+        assert not stream.closed  # ours would overtake the goodbye
+        stream.say(refusal=agent_pb2.Refusal(reason="GENERATION_ENDED", message="goodbye"))
+        await eventually(lambda: stream.closed)
+    assert site.transport.streams.empty()

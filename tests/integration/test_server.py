@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
+import ipaddress
 import json
 import signal
 import subprocess
@@ -11,18 +13,23 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
-import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton.client import AsyncClient
 from baton.client_call import Tls
 from baton.clock import SystemClock, SystemEntropy
 from baton.errors import Denied, Draining
-from baton.v1 import agent_pb2, agent_pb2_grpc
+from baton.v1 import agent_pb2, agent_pb2_grpc, run_pb2
+from control_plane import archiver
 from control_plane.config import BadConfig, TlsPaths
 from control_plane.history import MemoryHistory
 from control_plane.server import GrpcServer, Identity, Listener, Parts, Replica
@@ -31,7 +38,7 @@ from control_plane.store.keeper import TaskLeaseKeeper
 from control_plane.store.memory import MemoryEtcd, MemoryStore
 from control_plane.tls import Reloader
 from lab.etcd_server import EtcdServer
-from tests.integration.replicas import CLOCK, rig, spec
+from tests.integration.replicas import CLOCK, rig, spec, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -173,7 +180,7 @@ def test_a_second_sigterm_ends_it_at_once_even_without_a_store(tmp_path: Path) -
 async def test_health_says_not_serving_before_the_replica_leaves() -> None:
     async with rig("r1") as federation:
         node = federation.nodes[0]
-        health = health_pb2_grpc.HealthStub(node.channel)
+        health: Any = health_pb2_grpc.HealthStub(node.channel)
         assert (await health.Check(health_pb2.HealthCheckRequest())).status == SERVING
         await node.server.drain()
         assert (await health.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
@@ -186,18 +193,49 @@ async def test_health_says_not_serving_before_the_replica_leaves() -> None:
 
 
 class Authority:
-    """A CA, and certificates in files."""
+    """A CA, and certificates in files. (trustme makes no URI names, so the library under it is asked.)"""
 
     def __init__(self, directory: Path) -> None:
-        self._ca, self._directory = trustme.CA(), directory
+        self._directory = directory
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"test authority {directory.name}")])
+        basics = x509.BasicConstraints(ca=True, path_length=0)
+        self._cert = self._build(name, name, self._key.public_key()).add_extension(basics, critical=True)
+        self._signed = self._cert.sign(self._key, hashes.SHA256())
 
     def issue(self, name: str, *identities: str) -> TlsPaths:
+        """Files of a certificate for hosts, addresses and URIs."""
         paths = TlsPaths(*(self._directory / f"{name}.{end}" for end in ("cert", "key", "ca")))
-        made = self._ca.issue_cert(*identities)
-        paths.key.write_bytes(made.private_key_pem.bytes())
-        paths.cert.write_bytes(b"".join(blob.bytes() for blob in made.cert_chain_pems))
-        paths.ca.write_bytes(self._ca.cert_pem.bytes())
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        names = x509.SubjectAlternativeName([_general(identity) for identity in identities])
+        cert = self._build(subject, self._signed.subject, key.public_key()).add_extension(names, critical=False)
+        pem = serialization.Encoding.PEM
+        plain = serialization.NoEncryption()
+        paths.key.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+        paths.cert.write_bytes(cert.sign(self._key, hashes.SHA256()).public_bytes(pem))
+        paths.ca.write_bytes(self._signed.public_bytes(pem))
         return paths
+
+    @staticmethod
+    def _build(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+        now = datetime.datetime.now(datetime.UTC)
+        return x509.CertificateBuilder(
+            issuer_name=issuer,
+            subject_name=subject,
+            public_key=key,
+            serial_number=x509.random_serial_number(),
+            not_valid_before=now - datetime.timedelta(hours=1),
+            not_valid_after=now + datetime.timedelta(hours=1),
+        )
+
+
+def _general(identity: str) -> x509.GeneralName:
+    if "://" in identity:
+        return x509.UniformResourceIdentifier(identity)
+    if identity.replace(".", "").isdigit():
+        return x509.IPAddress(ipaddress.ip_address(identity))
+    return x509.DNSName(identity)
 
 
 @dataclass
@@ -285,11 +323,22 @@ async def test_17_without_a_certificate_of_ours_nobody_gets_in(secured: Secured,
     for credentials in (grpc.ssl_channel_credentials(ca), grpc.ssl_channel_credentials(ca, key, cert)):
         async with grpc.aio.secure_channel(secured.address, credentials) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await channel.unary_unary("/baton.v1.RunService/GetRun")(b"", timeout=5)  # type: ignore[misc]
+                await get_run(channel)
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     async with grpc.aio.insecure_channel(secured.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError):
-            await channel.unary_unary("/baton.v1.RunService/GetRun")(b"", timeout=5)  # type: ignore[misc]
+            await get_run(channel)
+
+
+async def get_run(channel: grpc.aio.Channel) -> bytes:
+    call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/baton.v1.RunService/GetRun")
+    return await call(b"", timeout=5)
+
+
+async def answer_of(stream: Any) -> agent_pb2.SessionResponse:
+    answer = await stream.read()
+    assert isinstance(answer, agent_pb2.SessionResponse)
+    return answer
 
 
 def test_new_certificates_are_taken_up_and_broken_ones_are_not(tmp_path: Path) -> None:
@@ -314,7 +363,13 @@ def test_identities_are_uris_of_ours_and_nothing_else() -> None:
     found = parse("spiffe://baton/cluster/eu")
     assert found is not None
     assert (found.role, found.name, found.principal) == (Role.AGENT, "eu", "cluster/eu")
-    for uri in ("spiffe://baton/cluster/", "spiffe://baton/root/x", "spiffe://evil/user/x", "user/x", "spiffe://baton/user/a/b"):
+    for uri in (
+        "spiffe://baton/cluster/",
+        "spiffe://baton/root/x",
+        "spiffe://evil/user/x",
+        "user/x",
+        "spiffe://baton/user/a/b",
+    ):
         assert parse(uri) is None
     assert identify({"x509_common_name": [b"spiffe://baton/user/ann"]}, tls=True).role is Role.NOBODY
     assert identify({}, tls=False).may_use_api
@@ -338,14 +393,48 @@ async def test_an_agent_over_plain_loopback_is_welcomed_and_seen() -> None:
         hello = agent_pb2.Hello(cluster="eu", instance="i", boot_id="b", journal_uid="j", profile="fast")
         async with asyncio.timeout(20):
             await stream.write(agent_pb2.SessionRequest(hello=hello))
-            welcome = (await stream.read()).welcome  # type: ignore[union-attr]
+            welcome = (await answer_of(stream)).welcome
             assert (welcome.generation, welcome.replica) == (1, "r1")
             beat = agent_pb2.Heartbeat(seq=1, generation=1)
             await stream.write(agent_pb2.SessionRequest(heartbeat=beat))
-            assert (await stream.read()).heartbeat_ack.seq == 1  # type: ignore[union-attr]
+            assert (await answer_of(stream)).heartbeat_ack.seq == 1
         async with AsyncClient([node.server.address]) as client:
             clusters = [cluster async for cluster in client.list_clusters()]
             assert [(cluster.name, cluster.generation) for cluster in clusters] == [("clusters/eu", 1)]
             assert (await client.cordon_cluster("clusters/eu")).admission == 2
             assert (await client.uncordon_cluster("clusters/eu")).admission == 1
         stream.cancel()
+
+
+async def test_a_run_is_carried_out_by_an_agent_and_its_output_is_read_live_and_archived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archiver, "DELAY", 0.5)
+    graph = spec("a", "b")
+    graph.tasks[1].process.argv[:] = ["sh", "-c", "echo one; sleep 0.3; echo two"]
+    async with rig("r1", "r2") as federation:
+        flags = ["--cluster", "eu", "--cpus", "2", "--profile", "fast", "--directory", str(tmp_path / "eu")]
+        endpoints = [flag for node in federation.nodes for flag in ("--endpoint", node.server.address)]
+        with (tmp_path / "agent.log").open("wb") as out:
+            command = [sys.executable, "-m", "cluster_agent", *flags, *endpoints, "--drain"]
+            agent = subprocess.Popen(command, stderr=out)  # noqa: ASYNC220 - a moment
+        try:
+            async with AsyncClient([node.server.address for node in federation.nodes]) as client:
+                made = await client.create_run(graph, deadline=CLOCK.wall() + 60)
+                task = f"{made.name}/tasks/b"
+                async with asyncio.timeout(40):
+                    live = b"".join([piece.data async for piece in client.follow_logs(task, follow=True)])
+                    done = await client.wait_run(made.name)
+                assert live == b"one\ntwo\n"
+                assert (done.state, done.accepted_results) == (run_pb2.RUN_STATE_SUCCEEDED, 2)
+                attempts = (await client.get_task(task)).attempts
+                assert [(attempt.cluster, attempt.fence, attempt.exit_code) for attempt in attempts] == [
+                    ("eu", "1.1", 0)
+                ]
+                await until(lambda: len(federation.history._kept) == 1)
+                await asyncio.sleep(0.5)
+                again = b"".join([piece.data async for piece in client.follow_logs(task, follow=True, offset=4)])
+                assert again == b"two\n"
+        finally:
+            agent.terminate()
+            assert await asyncio.to_thread(agent.wait, 30) == 0

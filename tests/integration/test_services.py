@@ -43,7 +43,7 @@ async def failure(call: Awaitable[object]) -> errors.BatonError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     trailers = dict(caught.value.trailing_metadata())
-    status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])  # type: ignore[arg-type]
+    status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
     assert status.code == caught.value.code().value[0]
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)
@@ -208,7 +208,7 @@ async def test_every_fault_of_a_graph_is_named_by_its_field(node: Node) -> None:
 
 async def test_names_and_pages_that_are_none_are_refused_by_field(node: Node) -> None:
     token = (await seeded_page(node)).next_page_token
-    cases = [
+    cases: list[tuple[Awaitable[object], str]] = [
         (node.runs.GetRun(run_pb2.GetRunRequest(name="runs/x")), "name"),
         (node.runs.GetTask(run_pb2.GetTaskRequest(name="namespaces/a/runs/b")), "name"),
         (node.runs.ListTasks(run_pb2.ListTasksRequest(run="")), "run"),
@@ -287,14 +287,15 @@ async def test_unknown_methods_are_unimplemented(node: Node) -> None:
 
 async def test_what_is_not_there_is_not_found(node: Node) -> None:
     made = (await node.runs.CreateRun(creation("a"))).run
-    for call in (
+    missing: tuple[Awaitable[object], ...] = (
         node.runs.GetRun(run_pb2.GetRunRequest(name="namespaces/default/runs/none")),
         node.runs.ListTasks(run_pb2.ListTasksRequest(run="namespaces/default/runs/none")),
         node.runs.GetTask(run_pb2.GetTaskRequest(name=f"{made.name}/tasks/none")),
         node.runs.CancelRun(run_pb2.CancelRunRequest(request_id=request_id(), name="namespaces/default/runs/none")),
         node.clusters.GetCluster(cluster_pb2.GetClusterRequest(name="clusters/none")),
         node.clusters.CordonCluster(cluster_pb2.CordonClusterRequest(request_id=request_id(), name="clusters/none")),
-    ):
+    )
+    for call in missing:
         assert isinstance(await failure(call), errors.NotFound)
     logs = node.runs.FollowLogs(run_pb2.FollowLogsRequest(task=f"{made.name}/tasks/a"))
     assert isinstance(await failure(logs.read()), errors.NotFound)

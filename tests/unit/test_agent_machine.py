@@ -17,6 +17,7 @@ from cluster_agent.core.commands import (
     DropStream,
     ForgetWork,
     KillAll,
+    KillIfSilent,
     RejoinExecutor,
     RenewLease,
     SendHello,
@@ -524,13 +525,82 @@ def test_d1_nothing_starts_after_its_deadline() -> None:
     assert any(isinstance(record, Finished) for record in step.records)
 
 
-def test_g2_with_a_silent_guard_nothing_starts_and_the_lapse_kills() -> None:
+def test_g2_with_a_silent_guard_nothing_starts_and_no_room_is_offered() -> None:
     world = World()
     world.dispatch(0)
     world.step(on.GuardSilence(silent=True))
     assert started(world.dispatch(1)) == []
     assert world.machine.vitals().shapes[0].cpu_millis == 0
-    assert not none(world.step(after=F), KillAll)
+
+
+def test_g2_at_f_the_guard_must_live_or_its_work_is_killed_stream_or_not() -> None:
+    world = World()
+    world.dispatch(0)
+    world.step(on.StreamClosed(world.stream))  # nobody was told of a silence, and nobody can be
+    assert none(world.step(after=F - 0.1), KillIfSilent)
+    assert not none(world.step(after=0.1), KillIfSilent)
+    assert none(world.step(after=1.0), KillIfSilent)
+
+
+def test_g2_a_guard_that_falls_silent_after_f_is_seen_to_on_the_next_stream_too() -> None:
+    world = World()
+    world.dispatch(0)
+    world.step(after=F)
+    world.session(resumed=True)
+    assert not none(world.step(on.GuardSilence(silent=True)), KillIfSilent)
+    assert none(world.step(on.GuardSilence(silent=True)), KillIfSilent)
+
+
+def test_g2_before_f_and_after_a_renewal_a_silent_guard_is_only_told_of() -> None:
+    world = World()
+    world.dispatch(0)
+    assert none(world.step(on.GuardSilence(silent=True)), KillIfSilent)
+    world.step(on.GuardSilence(silent=False), after=F)
+    world.session(resumed=True)
+    world.ack()
+    assert none(world.step(on.GuardSilence(silent=True)), KillIfSilent)
+
+
+def test_f7_work_to_be_kept_is_no_reason_to_kill_a_silent_guard_unless_it_was_stopped() -> None:
+    world = World()
+    world.dispatch(0, work=spec(keep_at_fence=True))
+    state = AgentState("j")
+    for record in world.records:  # the flag survives a restart
+        apply(state, record)
+    assert state.attempts[key(0)].keep_at_fence
+    assert none(world.step(after=F), KillIfSilent)
+    again = World()
+    again.dispatch(0, work=spec(keep_at_fence=True))
+    again.stop(0)
+    assert not none(again.step(after=F), KillIfSilent)
+
+
+def test_g2_a_new_guard_is_told_of_the_lease_before_anything_starts() -> None:
+    world = World(cpus=1)
+    world.ack()
+    world.dispatch(0, 1)
+    world.step(on.ExecutorLost())
+    sent = world.now
+    step = world.step(on.Census({}, (on.WorkEnded(key(0), Ended(Outcome.LOST)),)), after=1.0)
+    kinds = [type(action) for action in step.actions]
+    assert the(step, RenewLease) == RenewLease(1, sent)
+    assert started(step) == [1]
+    assert kinds.index(RenewLease) < kinds.index(StartWork)
+
+
+def test_g2_without_a_lease_a_new_guard_is_told_of_none() -> None:
+    world = World()
+    world.step(on.ExecutorLost())
+    world.step(after=F)
+    assert none(world.step(on.Census({}, ())), RenewLease)
+
+
+def test_s5_a_drain_kills_again_when_the_guard_had_to_be_joined_anew() -> None:
+    world = World()
+    world.dispatch(0)
+    world.step(on.ExecutorLost())
+    world.step(on.DrainOrdered())
+    assert not none(world.step(on.Census({key(0): 1}, ())), KillAll)
 
 
 def test_s5_a_drain_rejects_what_waits_and_kills_what_runs() -> None:

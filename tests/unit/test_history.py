@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from baton.v1 import run_pb2
-from control_plane.history import PIECE, Archive, History, HistoryDown, MemoryHistory, Piece, Wanted
+from control_plane.history import PIECE, Archive, History, HistoryDown, MemoryHistory, Piece, Wanted, attempt_key
 from control_plane.history_sqlite import SqliteHistory
 
 
@@ -29,7 +29,11 @@ def archive(uid: str, *, run_id: str = "", incarnation: int = 1, tasks: int = 2,
         run_pb2.TaskStatus(id=f"t{n}", index=n, state=run_pb2.TaskState.ValueType(5 + n % 2)) for n in range(tasks)
     ]
     pieces = tuple(
-        Piece(start, run_pb2.ListTasksResponse(tasks=statuses[start : start + PIECE]))
+        Piece(
+            start,
+            run_pb2.ListTasksResponse(tasks=statuses[start : start + PIECE]),
+            {attempt_key(start, 1): f"x{start}"},
+        )
         for start in range(0, tasks, PIECE)
     )
     return Archive(incarnation, run, pieces, (run_pb2.RunEvent(number=1), run_pb2.RunEvent(number=2)))
@@ -51,6 +55,8 @@ async def test_a_run_is_kept_whole_and_read_by_name(history: History) -> None:
     assert found is not None
     assert found.index == PIECE + 1
     assert await history.task("u1", "t") is None
+    assert await history.nonce("u1", PIECE, 1) == f"x{PIECE}"
+    assert await history.nonce("u1", PIECE, 2) == await history.nonce("none", 0, 1) == ""
     assert await history.task("none", "t1") is None
     assert await history.tasks("none", 0, 10, ()) == []
     assert await history.events("none") == []

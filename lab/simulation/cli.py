@@ -1,0 +1,149 @@
+"""`scripts/sim`: many seeds with a table at the end, or one seed with its story."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+from control_plane.core.events import AttemptsFinished, AttemptsLost
+from control_plane.core.model import AttemptState
+from lab.simulation.checkers import Violation, judge
+from lab.simulation.faults import KINDS
+from lab.simulation.record import tally
+from lab.simulation.story import tell
+from lab.simulation.world import Outcome, Shape, simulate
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is kept of one seed."""
+
+    seed: int
+    violations: tuple[Violation, ...]
+    hits: Counter[str]
+    strikes: int
+    virtual: float
+    accepted: int
+    lost: int
+    processes: int
+    seconds: float
+    digest: str
+
+
+def try_seed(seed: int, shape: Shape) -> Verdict:
+    """Simulate and judge one seed. A simulation that cannot go on is a violation too."""
+    logging.disable(logging.CRITICAL)
+    begin = time.perf_counter()
+    try:
+        outcome = simulate(seed, shape)
+    except Exception as error:  # noqa: BLE001 - whatever stops a simulation is a finding, and the other seeds go on
+        broken = Violation("the simulation stopped", 0.0, repr(error))
+        return Verdict(seed, (broken,), Counter(), 0, 0.0, 0, 0, 0, time.perf_counter() - begin, "")
+    return verdict_of(outcome, time.perf_counter() - begin)
+
+
+def verdict_of(outcome: Outcome, seconds: float) -> Verdict:
+    """Judge a finished simulation."""
+    record = outcome.record
+    accepted = sum(
+        written.event.states.count(AttemptState.SUCCEEDED)
+        for written in record.journal
+        if isinstance(written.event, AttemptsFinished)
+    )
+    return Verdict(
+        seed=outcome.seed,
+        violations=tuple(judge(record)),
+        hits=outcome.hits,
+        strikes=sum(count for kind, count in outcome.hits.items() if kind in KINDS),
+        virtual=record.ended,
+        accepted=accepted,
+        lost=tally(record.journal)[AttemptsLost.__name__],
+        processes=len(record.ran),
+        seconds=seconds,
+        digest=record.digest,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0 if every promise was kept, 1 if not."""
+    options = _parse(arguments)
+    shape = Shape(faults=tuple(options.faults.split(",")) if options.faults else KINDS)
+    unknown = set(shape.faults) - set(KINDS)
+    if unknown:
+        print(f"sim: no fault class {sorted(unknown)}; there are: {', '.join(KINDS)}", file=sys.stderr)
+        return 2
+    if options.seed is not None:
+        return _one(options.seed, shape, whole=options.all)
+    begin = time.perf_counter()
+    verdicts: list[Verdict] = []
+    for verdict in _many(range(options.seed_base, options.seed_base + options.seeds), shape, options.jobs):
+        verdicts.append(verdict)
+        if verdict.violations:
+            worst = verdict.violations[0]
+            print(f"seed {verdict.seed}: {worst.invariant} at {worst.at:.1f} s: {worst.text}")
+            chosen = f" --faults '{options.faults}'" if options.faults else ""
+            print(f"    reproduce: scripts/sim --seed {verdict.seed}{chosen}", flush=True)
+    return _sum_up(verdicts, time.perf_counter() - begin)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="sim", description="Deterministic simulation of a whole federation.")
+    parser.add_argument("--seeds", type=int, default=20, help="how many seeds (default 20)")
+    parser.add_argument("--seed-base", type=int, default=0, help="the first seed (default 0)")
+    parser.add_argument("--seed", type=int, help="replay one seed and tell its story")
+    parser.add_argument("--all", action="store_true", help="with --seed: the whole story, not only its important part")
+    parser.add_argument("--faults", default="", help="only these classes of faults, separated by commas")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    return parser.parse_args(arguments)
+
+
+def _many(seeds: range, shape: Shape, jobs: int) -> Iterator[Verdict]:
+    if jobs <= 1:
+        for seed in seeds:
+            yield try_seed(seed, shape)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        yield from pool.map(try_seed, seeds, [shape] * len(seeds))
+
+
+def _one(seed: int, shape: Shape, *, whole: bool) -> int:
+    logging.disable(logging.CRITICAL)
+    begin = time.perf_counter()
+    outcome = simulate(seed, shape)
+    verdict = verdict_of(outcome, time.perf_counter() - begin)
+    for line in tell(outcome.record, verdict.violations, outcome.revisions if whole else ()):
+        print(line)
+    print(f"trace {verdict.digest}")
+    print(_closing([verdict], verdict.seconds))
+    return 1 if verdict.violations else 0
+
+
+def _sum_up(verdicts: Sequence[Verdict], seconds: float) -> int:
+    hits: Counter[str] = Counter()
+    for verdict in verdicts:
+        hits += verdict.hits
+    print("fault                                         count")
+    for kind in [*KINDS, *sorted(set(hits) - set(KINDS))]:
+        print(f"{kind:<44} {hits[kind]:>6}")
+    count = max(1, len(verdicts))
+    print(
+        f"per seed: {sum(v.virtual for v in verdicts) / count:.0f} virtual seconds, "
+        f"{sum(v.accepted for v in verdicts) / count:.1f} accepted tasks, "
+        f"{sum(v.strikes for v in verdicts) / count:.1f} faults, {sum(v.lost for v in verdicts) / count:.1f} failovers, "
+        f"{sum(v.processes for v in verdicts) / count:.1f} processes"
+    )
+    print(_closing(verdicts, seconds))
+    return 1 if any(verdict.violations for verdict in verdicts) else 0
+
+
+def _closing(verdicts: Sequence[Verdict], seconds: float) -> str:
+    bad = [str(verdict.seed) for verdict in verdicts if verdict.violations]
+    broken = f"violations in {len(bad)} ({', '.join(bad[:20])})" if bad else "0 violations"
+    return f"sim: {len(verdicts)} seeds in {seconds:.1f} s ({len(verdicts) / max(seconds, 1e-9):.2f} seeds/s), {broken}"
+
