@@ -201,8 +201,11 @@ class Reconciler:
                     await asyncio.gather(listening, return_exceptions=True)
                 try:
                     entries = list(await within(self._clock, JOIN_SECONDS, self._executor.connect()))
-                    bounds = (self.machine.link.fence_seconds, self._kill_seconds)
-                    await within(self._clock, EXECUTOR_SECONDS, self._executor.configure(*bounds))
+                    bounds = (self.machine.state.fence_seconds, self._kill_seconds)
+                    if bounds[0] > 0:
+                        # An agent that never had a session (or lost its journal) has no say: what a living guard holds
+                        # was promised with the F of the session it came by (F5).
+                        await within(self._clock, EXECUTOR_SECONDS, self._executor.configure(*bounds))
                 except OSError as error:
                     log.warning("The executor cannot be joined.", extra={"cause": str(error)})
                     self._rejoin.set()

@@ -139,6 +139,7 @@ class Machine:
             self._signal_all(signal.SIGKILL)
             select.select([], [], [], LOOK_SECONDS)
             self._reap()
+        self._reap()
 
     @staticmethod
     def _say(words: str) -> None:

@@ -8,7 +8,7 @@ here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from cluster_agent.core.commands import SendReports
 from cluster_agent.core.model import Attempt, AttemptKey, Ended, Phase
@@ -74,7 +74,7 @@ class Outbox:
                 by_shard.setdefault(attempts[key].shard, _Shard()).started.append((key, wall_ms))
         for key in keys:
             by_shard.setdefault(attempts[key].shard, _Shard()).add(attempts[key])
-        return [sheet.report(stream, shard, generation) for shard, sheet in by_shard.items()]
+        return [report for shard, sheet in by_shard.items() for report in sheet.reports(stream, shard, generation)]
 
     def __len__(self) -> int:
         return len(self._fresh) + len(self._sent)
@@ -98,13 +98,10 @@ class _Shard:
             else:
                 self._stopped.append(attempt.key)
 
-    def report(self, stream: int, shard: str, generation: int) -> SendReports:
-        return SendReports(
-            stream,
-            shard,
-            generation,
-            tuple(self.started),
-            tuple(self._finished),
-            tuple(self._rejected),
-            tuple(self._stopped),
-        )
+    def reports(self, stream: int, shard: str, generation: int) -> Iterator[SendReports]:
+        """Rejections go by themselves: they alone wait for a journal that can be written (F3)."""
+        started, finished, stopped = tuple(self.started), tuple(self._finished), tuple(self._stopped)
+        if started or finished or stopped:
+            yield SendReports(stream, shard, generation, started, finished, (), stopped)
+        if self._rejected:
+            yield SendReports(stream, shard, generation, rejected=tuple(self._rejected))

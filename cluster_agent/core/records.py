@@ -142,7 +142,11 @@ def apply(state: AgentState, record: Record) -> None:
         case Finished():
             attempt = _held(state, record.key, record.shard, record.generation)
             attempt.phase, attempt.ended, attempt.spec, attempt.orphaned = Phase.FINISHED, record.ended, None, False
-            attempt.demand, attempt.grace_seconds = Demand(), 0.0  # it holds nothing any more
+            attempt.demand, attempt.grace_seconds, attempt.keep_at_fence = (
+                Demand(),
+                0.0,
+                False,
+            )  # it holds nothing any more
         case Tombstoned():
             attempt = _held(state, record.key, record.shard, record.generation)
             attempt.phase = Phase.TOMBSTONED if record.rejected else Phase.STOPPING
@@ -189,7 +193,7 @@ def _attempt_records(attempt: Attempt) -> Iterator[Record]:
             if attempt.ended is not None:
                 yield Finished(key, shard, generation, attempt.ended)
         case Phase.STOPPING | Phase.TOMBSTONED:
-            if attempt.phase is Phase.STOPPING and attempt.demand != Demand():
+            if attempt.phase is Phase.STOPPING and (attempt.demand != Demand() or attempt.grace_seconds):
                 yield starting
             if attempt.ended is not None:
                 yield Finished(key, shard, generation, attempt.ended)

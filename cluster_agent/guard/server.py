@@ -182,11 +182,12 @@ class Server:
                     self.guard.start(message["request"], now)
                 else:
                     self.guard.handle(message, now)
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OSError) as error:
                 self._refuse(error)
 
     def _refuse(self, error: Exception) -> None:
-        """Nonsense costs the other end its connection, never us our life."""
+        """Nonsense, or what the host refuses, costs the other end its connection (it asks for a census), never us our
+        life."""
         self._note(f"request refused, connection closed: {error!r}")
         self._drop()
 

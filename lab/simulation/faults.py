@@ -102,6 +102,10 @@ class Nemesis:
         """A duration: mostly short, sometimes beyond every lease."""
         return self._rng.choice((0.3, 1.5, 4.0, 10.0, 18.0, 25.0, 35.0)) * self._rng.uniform(0.5, 1.5)
 
+    def _outage(self) -> float:
+        """A duration for a cluster out of sight: often beyond L + G."""
+        return self._rng.choice((2.0, 8.0, 14.0, 24.0, 35.0)) * self._rng.uniform(0.7, 1.3)
+
     # -- processes -------------------------------------------------------------------------------------------------------
 
     def _kill_replica(self) -> str:
@@ -119,13 +123,13 @@ class Nemesis:
         return f"{replica.name} for {gap:.1f} s"
 
     def _kill_agent(self) -> str:
-        cluster, gap = self._rng.choice(self._world.clusters), self._long()
+        cluster, gap = self._rng.choice(self._world.clusters), self._outage()
         cluster.kill()
         self._later(gap, cluster.start)
         return f"{cluster.name}, back in {gap:.1f} s"
 
     def _freeze_agent(self) -> str:
-        cluster, gap = self._rng.choice(self._world.clusters), self._long()
+        cluster, gap = self._rng.choice(self._world.clusters), self._outage()
         node = cluster.node
         if node is not None:
             node.freeze()
@@ -138,7 +142,7 @@ class Nemesis:
         return cluster.name
 
     def _freeze_guard(self) -> str:
-        cluster, gap = self._rng.choice(self._world.clusters), self._long()
+        cluster, gap = self._rng.choice(self._world.clusters), self._outage()
         cluster.host.freeze_guard()
         self._later(gap, cluster.host.thaw_guard)
         return f"{cluster.name} for {gap:.1f} s"
@@ -154,7 +158,7 @@ class Nemesis:
         return f"{cluster.name} for {gap:.1f} s"
 
     def _reboot(self) -> str:
-        cluster, gap = self._rng.choice(self._world.clusters), self._long()
+        cluster, gap = self._rng.choice(self._world.clusters), self._outage()
         cluster.reboot()
         self._later(gap, cluster.start)
         return f"{cluster.name}, up in {gap:.1f} s"
@@ -173,13 +177,13 @@ class Nemesis:
         self._later(gap, mend)
 
     def _part_cluster(self) -> str:
-        cluster, gap = self._rng.choice(self._world.clusters), self._long()
+        cluster, gap = self._rng.choice(self._world.clusters), self._outage()
         some = self._some_replicas()
         self._cut([pair for name in some for pair in ((cluster.name, name), (name, cluster.name))], gap)
         return f"{cluster.name} from {', '.join(some)} for {gap:.1f} s"
 
     def _cut_cluster(self) -> str:
-        cluster, gap = self._rng.choice(self._world.clusters), self._long()
+        cluster, gap = self._rng.choice(self._world.clusters), self._outage()
         some, up = self._some_replicas(), self._rng.random() < 0.5
         self._cut([(cluster.name, name) if up else (name, cluster.name) for name in some], gap)
         return f"{cluster.name} {'to' if up else 'from'} {', '.join(some)} for {gap:.1f} s"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from baton.clock import SystemClock, SystemEntropy
-from baton.leases import LeaseValues, check, to_millis
+from baton.leases import PROFILES, LeaseValues, check, to_millis
 from baton.v1 import agent_pb2, graph_pb2
 from cluster_agent.agent import Agent
 from cluster_agent.config import AgentConfig
@@ -136,8 +136,8 @@ class Site:
         self.boot_id = "boot-1"
 
     @asynccontextmanager
-    async def agent(self) -> AsyncIterator[Agent]:
-        config = AgentConfig("eu", ("memory",), Path("unused"), (NodeSpec(2000),), lease=LEASE, drain_seconds=5)
+    async def agent(self, lease: LeaseValues = LEASE) -> AsyncIterator[Agent]:
+        config = AgentConfig("eu", ("memory",), Path("unused"), (NodeSpec(2000),), lease=lease, drain_seconds=5)
         agent = Agent(
             config,
             self.clock,
@@ -389,7 +389,9 @@ async def test_f5_unsafe_timing_is_not_accepted(site: Site) -> None:
         assert not any(message.HasField("heartbeat") for message in stream.heard)
 
 
-async def test_f5_a_second_welcome_ends_the_stream_and_answers_of_one_generation_never_serve_another(site: Site) -> None:
+async def test_f5_a_second_welcome_ends_the_stream_and_answers_of_one_generation_never_serve_another(
+    site: Site,
+) -> None:
     async with site.agent():
         stream = await site.transport.accept(generation=1)
         stream.answering = False
@@ -438,3 +440,15 @@ async def test_s5_after_a_goodbye_no_session_is_opened_again(site: Site) -> None
         stream.say(refusal=agent_pb2.Refusal(reason="GENERATION_ENDED", message="goodbye"))
         await eventually(lambda: stream.closed)
     assert site.transport.streams.empty()
+
+
+async def test_f5_an_agent_without_its_journal_cannot_stretch_the_lease_of_what_runs(site: Site) -> None:
+    async with site.agent():
+        stream = await site.transport.accept()
+        stream.dispatch(0, "fake", "--seconds", "30")
+        await eventually(lambda: len(site.host.living()) == 1)
+        site.transport.reachable = False
+    site.disk = MemoryDisk()
+    async with site.agent(PROFILES["patient"]):
+        await asyncio.sleep(LEASE.fence + LEASE.kill)
+        assert site.host.living() == []

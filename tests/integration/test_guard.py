@@ -406,6 +406,78 @@ async def test_a_directory_left_by_a_crash_before_the_start_was_recorded_bars_no
     await eventually(lambda: not list((bench.directory / "trash").iterdir()))
 
 
+async def test_few_open_files_are_a_limit_said_in_words_and_never_the_guards_end(bench: Bench) -> None:
+    """G1: a guard that met the host's limit unprepared would die, and all work with it."""
+    argv = ["sh", "-c", 'ulimit -n 84; exec "$@"', "few", *GUARD]
+    executor = await bench.agent(guard=argv)
+    pid = executor.guard_pid
+    requests = [bench.request("sleep", "60") for _ in range(8)]
+    await executor.start(requests)
+    for request in requests[:5]:
+        await bench.until(executor, Started, request.key)
+    for request in requests[5:]:
+        refused = await bench.until(executor, Refused, request.key)
+        assert isinstance(refused, Refused)
+        assert "5 workloads" in refused.reason
+    again = await bench.agent(guard=argv)
+    assert again.guard_pid == pid
+    assert sum(entry.phase is Phase.RUNNING for entry in bench.census.values()) == 5
+
+
+UNSUPERVISED = """
+import os, resource, sys
+from pathlib import Path
+from cluster_agent.executors.base import AttemptKey, StartRequest
+from cluster_agent.guard.cgroups import Groups
+from cluster_agent.guard.isolation import choose
+from cluster_agent.guard.places import Places
+from cluster_agent.guard.workload import Spawner
+
+places = Places(Path(sys.argv[1]))
+groups, isolation = Groups("few", wanted=False), choose("auto")
+lives, _held = os.pipe2(os.O_CLOEXEC)
+lock = os.open(sys.argv[1] + "/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+request = StartRequest(AttemptKey("run", 0, 1, "beef"), 1, ("sleep", "60"), {"BATON_TEST": sys.argv[1]})
+paths = places.prepare(request.key, b"")
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+def fill():
+    held = []
+    try:
+        while True:
+            held.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        return held
+
+for spare in range(6):
+    held = fill()
+    for fd in held[:spare]:
+        os.close(fd)
+    try:
+        Spawner(places, groups, isolation, lives, lock).spawn(request, paths, "/bin/sleep")
+    except OSError as error:
+        print(error.strerror)
+    left = fill()
+    print(len(left) == spare)
+    for fd in {*held[spare:], *left}:
+        os.close(fd)
+    try:
+        print("child", os.waitpid(-1, os.WNOHANG))
+    except ChildProcessError:
+        print("no child")
+"""
+
+
+async def test_g1_a_spawn_that_cannot_be_supervised_leaves_no_process_and_no_descriptor(bench: Bench) -> None:
+    """Whichever descriptor is the one too many: pipes, log or pidfd."""
+    bench.directory.mkdir(parents=True)
+    argv = [sys.executable, "-c", UNSUPERVISED, str(bench.directory)]
+    done = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.PIPE)
+    said, _ = await done.communicate()
+    assert said.decode().splitlines() == ["Too many open files", "True", "no child"] * 6
+    assert bench.living() == set()
+
+
 async def test_nonsense_costs_the_connection_and_not_the_guard(bench: Bench) -> None:
     executor = await bench.agent()
     request = bench.request("sleep", "300")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +37,7 @@ from cluster_agent.journal_codec import CodecError, decode, encode
 
 KEY = AttemptKey("run", 3, 2, "abc")
 OTHER = AttemptKey("run", 4, 1, "abc")
+KEPT = AttemptKey("run", 5, 1, "abc")
 ENDED = Ended(Outcome.FAILED, 3, b"\x00\xff", "why", 10, 20, True)
 ALL: list[Record] = [
     Booted("b1"),
@@ -42,6 +45,7 @@ ALL: list[Record] = [
     EpochRaised("s0", Epoch(1, 2)),
     MarkRaised("s0", Mark(1, 9, "n")),
     Starting(KEY, "s0", 4, Demand(1000, 5, 6, (("gpus", 1),)), 3.0),
+    Starting(KEPT, "s0", 4, Demand(1), 0.5, keep_at_fence=True),
     Moved(KEY, 5),
     Finished(KEY, "s0", 5, ENDED),
     Tombstoned(OTHER, "s1", 4, "no room"),
@@ -217,4 +221,21 @@ async def test_a_failed_append_leaves_no_half_line(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     disk.append("a", b" again")
     assert disk.read("a") == b"good again"
+    disk.close()
+
+
+async def test_a_cancelled_replacement_is_waited_for_so_that_it_cannot_undo_the_next_agents(tmp_path: Path) -> None:
+    disk = RealDisk(tmp_path)
+    os.mkfifo(tmp_path / "journal.new")  # the thread that opens it is stuck until somebody reads
+    writing = asyncio.create_task(disk.replace("journal", b"old"))
+    await asyncio.sleep(0.05)
+    writing.cancel()
+    await asyncio.sleep(0.05)
+    assert not writing.done()
+    with pytest.raises(DiskFailure):  # and the directory is still ours
+        RealDisk(tmp_path)
+    reader = await asyncio.to_thread(os.open, tmp_path / "journal.new", os.O_RDONLY)
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    os.close(reader)
     disk.close()

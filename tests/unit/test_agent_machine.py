@@ -235,6 +235,16 @@ def test_f3_a_rejection_is_tombstoned_before_it_is_reported() -> None:
     assert started(world.dispatch(0)) == []
 
 
+def test_f3_a_rejection_that_waits_for_the_disk_holds_up_no_other_report() -> None:
+    world = World()
+    world.dispatch(0)
+    world.dispatch(1)
+    step = world.step(on.WorkEnded(key(0), ENDED), on.WorkRefused(key(1), "the disk is full"))
+    first, second = [action for action in step.actions if isinstance(action, SendReports)]
+    assert (first.finished, first.rejected, first.needs_journal) == (((key(0), ENDED),), (), False)
+    assert (second.finished, second.rejected, second.needs_journal) == ((), ((key(1), "the disk is full"),), True)
+
+
 # --- F4: at most one spawn ------------------------------------------------------------------------------------------------
 
 
