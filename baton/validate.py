@@ -114,6 +114,8 @@ def _judge_request(request: run_pb2.CreateRunRequest, now: float, faults: _Fault
 def _judge_deadline(request: run_pb2.CreateRunRequest, now: float, faults: _Faults) -> None:
     if not request.HasField("deadline_time"):
         faults.add("deadline_time", "is required: every run has one absolute deadline")
+    elif not 0 <= request.deadline_time.nanos <= 999_999_999:
+        faults.add("deadline_time", f"has {request.deadline_time.nanos} nanoseconds: use 0 to 999,999,999")
     else:
         ahead = request.deadline_time.seconds + request.deadline_time.nanos / 1e9 - now
         if ahead <= 0:

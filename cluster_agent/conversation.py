@@ -48,6 +48,11 @@ UNSAFE_PAUSE_SECONDS = 5.0
 """After a Welcome whose timing breaks F5: an operator has to act, so hurry would only fill logs."""
 
 
+REFUSED_SECONDS = 60.0
+"""Longest pause that a refusal may ask for: every wait has an end, and a wrong number must not put a cluster out of use.
+Smaller, and replicas could not hold off agents while they start."""
+
+
 class StreamDropped(Exception):
     """We ended the stream; the text says why. `pause`: least seconds before the next one."""
 
@@ -102,7 +107,10 @@ class Conversation:
         self._parts = parts
         self._guard = guard
         self._stream = stream
-        self._out: asyncio.Queue[agent_pb2.SessionRequest] = asyncio.Queue(OUTBOX)
+        self._out: asyncio.Queue[agent_pb2.SessionRequest | None] = asyncio.Queue(OUTBOX)
+        """None: there is nothing here but a heartbeat to send."""
+        self._pulse: agent_pb2.SessionRequest | None = None
+        """The heartbeat to be sent next; it overtakes what waits, or a backlog of reports would end the lease (F5)."""
         self._dropped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._welcome = asyncio.Event()
         self.ended = asyncio.Event()
@@ -122,7 +130,7 @@ class Conversation:
         finally:
             self.ended.set()
 
-    def put(self, message: agent_pb2.SessionRequest) -> None:
+    def put(self, message: agent_pb2.SessionRequest | None) -> None:
         try:
             self._out.put_nowait(message)
         except asyncio.QueueFull:
@@ -144,12 +152,12 @@ class Conversation:
 
     async def _write(self) -> None:
         while True:
-            batch = [await self._out.get()]
-            while not self._out.empty():
-                batch.append(self._out.get_nowait())
-            await self._stream.send(batch)
-            for _ in batch:
-                self._out.task_done()
+            message = await self._out.get()
+            pulse, self._pulse = self._pulse, None
+            batch = [each for each in (pulse, message) if each is not None]
+            if batch:
+                await self._stream.send(batch)
+            self._out.task_done()
 
     async def _read(self, tasks: asyncio.TaskGroup) -> None:
         while True:
@@ -164,7 +172,8 @@ class Conversation:
                 await self._welcomed(message.welcome)
             case "refusal":
                 refusal = message.refusal
-                raise StreamDropped(f"{refusal.reason}: {refusal.message}", max(0, refusal.retry_after_ms) / 1000)
+                pause = min(max(0, refusal.retry_after_ms) / 1000, REFUSED_SECONDS)
+                raise StreamDropped(f"{refusal.reason}: {refusal.message}", pause)
             case "log_request":
                 if self._log_room.locked():
                     self.put(translate.log_chunk(message.log_request.request, 0, end=True, error="too many readers"))
@@ -208,10 +217,10 @@ class Conversation:
             now = clock.boot()  # before it is sent: whatever delays it only makes the lease shorter
             if ticked:
                 self._beats[self._seq] = now
-            message = translate.heartbeat(
+            self._pulse = translate.heartbeat(
                 vitals, seq=self._seq, generation=self.generation or 0, guard_silent=not ticked
             )
-            self.put(message)
+            self.put(None)
             await clock.sleep(self._values.heartbeat)
 
     async def _acknowledged(self, ack: agent_pb2.HeartbeatAck) -> None:

@@ -224,7 +224,11 @@ class MemoryDisk:
             tail = len(self._files[name]) - start
             del self._files[name][start + int(tail * keep) :]
 
+    @property
+    def used(self) -> int:
+        """Bytes of all files."""
+        return sum(len(data) for data in self._files.values())
+
     def _room(self, more: int) -> None:
-        used = sum(len(data) for data in self._files.values())
-        if self.capacity is not None and used + max(0, more) > self.capacity:
+        if self.capacity is not None and self.used + max(0, more) > self.capacity:
             raise DiskFailure(28, "the disk is full")

@@ -14,7 +14,7 @@ from baton.v1 import agent_pb2, cluster_pb2, graph_pb2
 from cluster_agent.core import events as on
 from cluster_agent.core.capacity import FreeShape
 from cluster_agent.core.commands import SendHello, SendReceipt, SendReports, Vitals
-from cluster_agent.core.model import AttemptKey, Demand, Ended, Epoch, Mark, Outcome, Phase, WorkSpec
+from cluster_agent.core.model import AttemptKey, Demand, Ended, Epoch, Mark, Outcome, Phase, PythonCall, WorkSpec
 
 REPORT_BYTES = 512 << 10
 """Most payload in one Reports message: well under gRPC's 4 MiB, and small enough that heartbeats get their turn."""
@@ -252,6 +252,7 @@ def read_key(ref: agent_pb2.AttemptRef) -> AttemptKey:
 
 
 def _dispatched(stream: int, message: agent_pb2.Dispatches) -> on.Dispatched:
+    codes = {code.sha256: code.zip for code in message.codes}
     return on.Dispatched(
         stream,
         message.shard,
@@ -259,11 +260,13 @@ def _dispatched(stream: int, message: agent_pb2.Dispatches) -> on.Dispatched:
         _mark(message),
         message.generation,
         message.dispatch_no,
-        tuple(_assignment(dispatch, message) for dispatch in message.dispatches),
+        tuple(_assignment(dispatch, message, codes) for dispatch in message.dispatches),
     )
 
 
-def _assignment(dispatch: agent_pb2.Dispatch, message: agent_pb2.Dispatches) -> on.Assignment:
+def _assignment(
+    dispatch: agent_pb2.Dispatch, message: agent_pb2.Dispatches, codes: Mapping[str, bytes]
+) -> on.Assignment:
     if not 0 <= dispatch.template < len(message.templates):
         raise BadMessage(f"template {dispatch.template} of {len(message.templates)}")
     template = message.templates[dispatch.template]
@@ -281,8 +284,16 @@ def _assignment(dispatch: agent_pb2.Dispatch, message: agent_pb2.Dispatches) -> 
         keep_at_fence=template.keep_at_fence,
         inputs=dispatch.inputs,
         traceparent=dispatch.traceparent,
+        python=_python_call(template.python, codes) if template.HasField("python") else None,
     )
     return on.Assignment(read_key(dispatch.attempt), spec)
+
+
+def _python_call(task: graph_pb2.PythonTask, codes: Mapping[str, bytes]) -> PythonCall:
+    if task.code and task.code not in codes:
+        raise BadMessage(f"code {task.code} does not come with the message that names it")
+    code = codes.get(task.code, b"")
+    return PythonCall(task.function, task.args_json, tuple(task.requirements), task.code, code)
 
 
 def _demand(resources: graph_pb2.Resources) -> Demand:

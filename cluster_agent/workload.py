@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster_agent.core import events as on
 from cluster_agent.core.commands import StartOrder
-from cluster_agent.core.model import AttemptKey, Ended, Outcome
+from cluster_agent.core.model import AttemptKey, Ended, Outcome, WorkSpec
 from cluster_agent.executors import base
 from cluster_agent.executors.base import (
     Cause,
@@ -68,7 +68,17 @@ def start_request(order: StartOrder, cluster: str) -> StartRequest:
         grace_seconds=spec.grace_seconds,
         keep_at_fence=spec.keep_at_fence,
         inputs=spec.inputs,
+        python=_python_call(spec),
     )
+
+
+def _python_call(spec: WorkSpec) -> base.PythonCall | None:
+    """The call, with the namespace of its run (`namespaces/{namespace}/runs/{run}`) as its tenant."""
+    call = spec.python
+    if call is None:
+        return None
+    tenant = spec.run.removeprefix("namespaces/").partition("/")[0]
+    return base.PythonCall(call.function, call.args_json, call.requirements, call.code, call.code_zip, tenant)
 
 
 def work_event(event: ExecutorEvent) -> on.Event | None:

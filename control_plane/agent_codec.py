@@ -11,7 +11,7 @@ from baton.v1 import agent_pb2 as pb
 from baton.v1 import graph_pb2
 from control_plane.controller import OwnedShard
 from control_plane.core.commands import Finish, Held, TakeReports
-from control_plane.core.model import AttemptId, Outcome, TaskSpec
+from control_plane.core.model import AttemptId, Outcome, PythonCall, TaskSpec
 from control_plane.core.views import DispatchView
 
 
@@ -91,8 +91,14 @@ def resources(spec: TaskSpec) -> graph_pb2.Resources:
 
 def template(spec: TaskSpec, keep_at_fence: bool) -> pb.DispatchTemplate:
     """What equal attempts share."""
+    call = spec.python
     return pb.DispatchTemplate(
-        process=graph_pb2.ProcessTask(argv=spec.argv, env=dict(spec.env)),
+        process=graph_pb2.ProcessTask(argv=spec.argv, env=dict(spec.env)) if call is None else None,
+        python=None
+        if call is None
+        else graph_pb2.PythonTask(
+            function=call.function, args_json=call.args_json, requirements=call.requirements, code=call.code
+        ),
         resources=resources(spec),
         timeout_ms=int(spec.timeout * 1000),
         grace_ms=int(spec.grace * 1000),
@@ -115,6 +121,7 @@ class DispatchWriter:
         self._shard = shard
         self._message = pb.Dispatches(**header(shard), generation=generation)
         self._templates: dict[tuple[int, bool], int] = {}
+        self._codes: set[str] = set()
         self.attempts: list[AttemptId] = []
         self.bytes = 0
 
@@ -132,6 +139,8 @@ class DispatchWriter:
             index = self._templates[shared] = len(self._message.templates)
             self._message.templates.append(template(view.spec, view.keep_at_fence))
             self.bytes += self._message.templates[-1].ByteSize()
+            if view.spec.python is not None:
+                self._carry(view.spec.python)
         inputs = b""
         if view.inputs:
             inputs = json.dumps({k: v.decode("utf-8", "replace") for k, v in view.inputs.items()}).encode()
@@ -149,6 +158,13 @@ class DispatchWriter:
         )
         self.bytes += 200 + len(inputs)
         self.attempts.append(attempt)
+
+    def _carry(self, call: PythonCall) -> None:
+        """Code travels in each message that needs it, once: no message leans on another one's arrival (J7)."""
+        if call.code and call.code not in self._codes:
+            self._codes.add(call.code)
+            self._message.codes.add(sha256=call.code, zip=call.code_zip)
+            self.bytes += len(call.code_zip)
 
     def message(self, number: int) -> pb.Dispatches:
         """The message under its dispatch number."""

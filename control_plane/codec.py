@@ -23,6 +23,7 @@ from control_plane.core.events import Event
 from control_plane.core.model import (
     GraphTask,
     OnClusterLost,
+    PythonCall,
     Resources,
     RetryPolicy,
     TaskSpec,
@@ -41,12 +42,17 @@ NO_EXIT_CODE = -(1 << 31)
 
 
 class Interned:
-    """Specs seen so far, by value."""
+    """Specs and packed codes seen so far, by value."""
 
-    __slots__ = ("_specs",)
+    __slots__ = ("_codes", "_specs")
 
     def __init__(self) -> None:
         self._specs: dict[TaskSpec, TaskSpec] = {}
+        self._codes: dict[bytes, bytes] = {}
+
+    def code(self, code: bytes) -> bytes:
+        """The first object that was equal to `code`: a run of many parts holds its code once."""
+        return self._codes.setdefault(code, code)
 
     def spec(self, spec: TaskSpec) -> TaskSpec:
         """The first object that was equal to `spec`."""
@@ -82,6 +88,7 @@ def _put_tasks(message: Any, name: str, value: Sequence[GraphTask]) -> None:
     columns: pb.TaskColumns = getattr(message, name)
     columns.SetInParent()
     numbers: dict[TaskSpec, int] = {}
+    codes: dict[bytes, int] = {}
     seen: dict[int, int] = {}  # id() of a spec object -> its number: hashing a spec for every task would cost the most
     spec_of: list[int] = []
     for task in value:
@@ -90,13 +97,34 @@ def _put_tasks(message: Any, name: str, value: Sequence[GraphTask]) -> None:
             number = numbers.get(task.spec)
             if number is None:
                 number = numbers[task.spec] = len(numbers)
-                _write_spec(task.spec, columns.specs.add())
+                stored = columns.specs.add()
+                _write_spec(task.spec, stored)
+                if task.spec.python is not None:
+                    _write_call(task.spec.python, stored.python, codes)
             seen[id(task.spec)] = number
         spec_of.append(number)
     columns.ids.extend(task.id for task in value)
     columns.parent_counts.extend(len(task.parents) for task in value)
     columns.parents.extend(parent for task in value for parent in task.parents)
     columns.spec_of.extend(spec_of)
+    columns.codes.extend(codes)
+
+
+def _write_call(call: PythonCall, message: pb.StoredPythonCall, codes: dict[bytes, int]) -> None:
+    message.function, message.args_json, message.code = call.function, call.args_json, call.code
+    message.requirements.extend(call.requirements)
+    if call.code_zip:
+        message.code_index = 1 + codes.setdefault(call.code_zip, len(codes))
+
+
+def _read_call(message: pb.StoredPythonCall, codes: Sequence[bytes]) -> PythonCall:
+    return PythonCall(
+        message.function,
+        message.args_json,
+        tuple(message.requirements),
+        message.code,
+        codes[message.code_index - 1] if message.code_index else b"",
+    )
 
 
 def _write_spec(spec: TaskSpec, message: pb.StoredTaskSpec) -> None:
@@ -119,7 +147,7 @@ def _write_spec(spec: TaskSpec, message: pb.StoredTaskSpec) -> None:
     message.tolerations.extend(spec.tolerations)
 
 
-def _read_spec(message: pb.StoredTaskSpec) -> TaskSpec:
+def _read_spec(message: pb.StoredTaskSpec, codes: Sequence[bytes]) -> TaskSpec:
     resources, retry = message.resources, message.retry
     return TaskSpec(
         argv=tuple(message.argv),
@@ -142,6 +170,7 @@ def _read_spec(message: pb.StoredTaskSpec) -> TaskSpec:
         selector=_take_pairs(message.selector),
         clusters=tuple(message.clusters),
         tolerations=tuple(message.tolerations),
+        python=_read_call(message.python, codes) if message.HasField("python") else None,
     )
 
 
@@ -150,7 +179,8 @@ def _take_pairs(column: Any) -> Pairs:
 
 
 def _take_tasks(columns: pb.TaskColumns, interned: Interned) -> tuple[GraphTask, ...]:
-    specs = [interned.spec(_read_spec(spec)) for spec in columns.specs]
+    codes = [interned.code(code) for code in columns.codes]
+    specs = [interned.spec(_read_spec(spec, codes)) for spec in columns.specs]
     parents = tuple(columns.parents)
     tasks: list[GraphTask] = []
     start = 0

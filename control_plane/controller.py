@@ -103,6 +103,11 @@ class Controller:
         """The lease is good again: go on."""
         self._cycle.wake()
 
+    @property
+    def acting(self) -> bool:
+        """The lease is good. A lapsed replica decides, reads and sends nothing (O3)."""
+        return self._cycle.lease_good()
+
     def owned(self) -> Mapping[str, OwnedShard]:
         """Shards that are taken and recovered, by id."""
         return MappingProxyType(self._cycle.handles)

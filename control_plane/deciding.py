@@ -82,10 +82,13 @@ class Decider:
         nonce = self._entropy.token(NONCE_BYTES)
         stamp = Stamp(self._clock.wall(), nonce, owned.seq + 1, owned.incarnation)
         work = _Work(slot, Batch(stamp, owned.machine.apply), BatchWriter(stamp, self.level), self._side_puts)
-        self._tick(slot, work)
+        ticked = self._tick(slot, work)
         self._commands(slot, work)
         work.run(None, lambda: owned.machine.settle(work.batch))
         if not work.batch.events:
+            due, now = owned.machine.due(), stamp.wall
+            if ticked and due is not None and due <= now:
+                slot.quiet_until = now + TICK_PAUSE
             return work.answers, None
         decision = Decision(
             stamp=stamp,
@@ -96,15 +99,14 @@ class Decider:
         )
         return [], decision
 
-    def _tick(self, slot: Slot, work: _Work) -> None:
+    def _tick(self, slot: Slot, work: _Work) -> bool:
+        """Tell the machine that its timer is due; whether it was."""
         if self.due_in(slot) != 0.0 or (slot.inbox and slot.inbox[0].condition is not None):
-            return
+            return False
         machine = slot.owned.machine
         tick: Command = FleetTick() if slot.shard == FLEET else Tick()
         work.run(None, lambda: machine.handle(tick, work.batch))
-        due, now = machine.due(), self._clock.wall()
-        if not work.batch.events and due is not None and due <= now:
-            slot.quiet_until = now + TICK_PAUSE
+        return True
 
     def _commands(self, slot: Slot, work: _Work) -> None:
         until = self._clock.boot() + self._config.slice_seconds

@@ -4,11 +4,14 @@ Theory. Every effect is derived from committed state, per (shard, cluster) *link
 current stream was journaled; then whatever is live there in that generation and not held by the agent is dispatched, and every
 outstanding stop is sent. From then on commits only add hints (the outbox), and silence is answered by sending again:
 
-* dispatches are numbered per link; those without a receipt after RESEND seconds are sent again if still live;
+* dispatches are numbered per stream; agents receipt the highest number without a gap, so those without a receipt after RESEND
+  seconds are sent again *under their number*, less what is no longer live;
 * stops are sent again until they are confirmed;
 * reports are acknowledged after the commit that settled them, whether they were accepted, refused or known.
 
-All of it is idempotent at the agent. Nothing here decides anything.
+All of it is idempotent at the agent. Nothing here decides anything. While a shard is closed its machine is ahead of the log, so
+whatever is looked up outside `committed` comes from `Controller.read` (J2, J8). A lapsed replica sends nothing (O3), and nobody
+does while a restore is suspected (J12).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -25,7 +28,7 @@ from baton.internal import peer_pb2 as peer
 from baton.v1 import agent_pb2 as pb
 from control_plane import agent_codec as codec
 from control_plane.controller import Controller, OwnedShard
-from control_plane.core.commands import InventoryVerdict, Outbox, TakeInventory
+from control_plane.core.commands import Held, InventoryVerdict, Outbox, Refused, TakeInventory
 from control_plane.core.model import FLEET, AttemptId
 from control_plane.core.shard import RunShard
 from control_plane.peers import CallContext, Calls
@@ -55,7 +58,7 @@ COMMIT_TIMEOUT = 30.0
 
 @dataclass(slots=True)
 class Link:
-    """One shard's tie to one cluster's current stream."""
+    """One shard's tie to one cluster's current stream. `stream` sorts by age: later ones of a cluster are greater."""
 
     cluster: str
     replica: str
@@ -64,7 +67,7 @@ class Link:
     next_no: int = 1
     received: int = 0
     unreceived: dict[int, tuple[float, tuple[AttemptId, ...]]] = field(default_factory=dict)
-    """Dispatch number -> (boot time sent, attempts)."""
+    """Dispatch number -> (boot time sent, attempts), in order of number."""
     numbered: dict[AttemptId, int] = field(default_factory=dict)
     """Attempts by the dispatch that carried them, until a capacity report includes it (C4)."""
     stops_sent: dict[AttemptId, float] = field(default_factory=dict)
@@ -127,7 +130,7 @@ class Dispatcher:
         if message.HasField("receipt"):
             if link is not None and link.stream == message.stream:
                 self._receipt(message.shard, link, message.receipt)
-        elif message.HasField("reports") and message.shard in self._controller.owned():
+        elif message.HasField("reports") and message.shard != FLEET and message.shard in self._controller.owned():
             queue = self._reports.get(key)
             if queue is None:
                 queue = self._reports[key] = asyncio.Queue(REPORTS_QUEUE)
@@ -148,10 +151,14 @@ class Dispatcher:
                 command = codec.reports_command(cluster, generation, [m.reports for m in messages])
                 try:
                     settled = await self._controller.submit(shard, command, timeout=COMMIT_TIMEOUT)
-                except (NotOwned, OutcomeUnknown, StoreDown, TimeoutError):
-                    continue  # not acknowledged: the agent sends them again
+                except (Refused, NotOwned, OutcomeUnknown, StoreDown):
+                    continue  # not acknowledged: the agent sends them again (J7)
+                except Exception:
+                    # The machine failed on it, and said so in the log; the link must live on for the reports after it.
+                    log.exception("reports could not be handled", extra={"shard": shard, "cluster": cluster})
+                    continue
                 owned = self._controller.owned().get(shard)
-                if owned is not None and settled:
+                if owned is not None and settled and not self._view.restore_suspected:
                     replica, _, stream = messages[-1].stream.partition("\n")
                     acks = pb.ReportAcks(**codec.header(owned), attempts=[codec.ref(a) for a in settled])
                     self._router.to_cluster(replica, cluster, stream, pb.SessionResponse(report_acks=acks))
@@ -177,52 +184,72 @@ class Dispatcher:
         owned = self._controller.owned().get(shard)
         if owned is None or not isinstance(verdict, InventoryVerdict):
             raise NotOwned(shard, None)
-        link = Link(cluster, source.decode(), message.stream, message.generation)
-        self._links[shard, cluster] = link
-        if verdict.adopted:
-            adoptions = pb.Adoptions(
-                **codec.header(owned),
-                generation=message.generation,
-                attempts=[codec.ref(a) for a in verdict.adopted],
+        link = self._linked(source.decode(), message)
+        if link is not None:
+            if verdict.adopted:
+                adoptions = pb.Adoptions(
+                    **codec.header(owned),
+                    generation=message.generation,
+                    attempts=[codec.ref(a) for a in verdict.adopted],
+                )
+                self._send(link, pb.SessionResponse(adoptions=adoptions))
+            listed = {h.attempt: h for h in held}
+            # By now the next batch may be decided but not committed. What is committed after this is sent by `committed`.
+            missing, stops = await self._controller.read(
+                shard,
+                lambda machine: (_missing(machine, link, listed), list(machine.stops_on(cluster))),
+                timeout=context.timeout,
             )
-            self._send(link, pb.SessionResponse(adoptions=adoptions))
-        phases = {h.attempt: h.phase for h in held}
-        self._dispatch(owned, link, self._missing(owned, link, phases))
-        self._stop(owned, link, [*_machine(owned).stops_on(cluster), *verdict.orphans])
+            if self._controller.owned().get(shard) is not owned:
+                raise NotOwned(shard, None)
+            if self._links.get((shard, cluster)) is link:
+                self._dispatch(owned, link, missing)
+                self._stop(owned, link, [*stops, *verdict.orphans])
         yield b""
 
-    @staticmethod
-    def _missing(owned: OwnedShard, link: Link, phases: dict[AttemptId, int]) -> list[AttemptId]:
-        """Live in this generation and not held, or held only in a queue, which this stream must confirm (F3)."""
-        unconfirmed = (None, pb.ATTEMPT_PHASE_QUEUED, pb.ATTEMPT_PHASE_VOID)
-        return [a for a in _machine(owned).live_on(link.cluster) if phases.get(a) in unconfirmed]
+    def _linked(self, replica: str, message: peer.FromCluster) -> Link | None:
+        """The shard's link to that stream; None if a later stream of the cluster is linked already (calls crossed)."""
+        key = (message.shard, message.cluster_uid)
+        known = self._links.get(key)
+        if known is not None and known.stream >= message.stream:
+            return known if known.stream == message.stream else None  # told twice: its numbers go on
+        link = self._links[key] = Link(message.cluster_uid, replica, message.stream, message.generation)
+        return link
 
     # -- to agents -----------------------------------------------------------------------------------------------------
 
     def _send(self, link: Link, message: pb.SessionResponse, *, any_stream: bool = False) -> None:
-        self._router.to_cluster(link.replica, link.cluster, "" if any_stream else link.stream, message)
+        if not self._view.restore_suspected:
+            self._router.to_cluster(link.replica, link.cluster, "" if any_stream else link.stream, message)
 
     def _dispatch(self, owned: OwnedShard, link: Link, attempts: Iterable[AttemptId]) -> None:
         """Send live attempts of the link's generation, in messages of bounded size."""
         writer = codec.DispatchWriter(owned, link.generation)
         for attempt in attempts:
-            view = _machine(owned).attempt(attempt)
-            dispatch = _machine(owned).dispatch(attempt)
-            if view is None or dispatch is None or view.generation != link.generation or view.cluster != link.cluster:
-                continue
-            writer.add(attempt, dispatch)
+            self._write(owned, link, writer, attempt)
             if writer.count >= DISPATCH_BATCH or writer.bytes >= DISPATCH_BYTES:
-                self._flush(link, writer)
+                self._number(link, writer)
                 writer = codec.DispatchWriter(owned, link.generation)
         if writer.count:
-            self._flush(link, writer)
+            self._number(link, writer)
 
-    def _flush(self, link: Link, writer: codec.DispatchWriter) -> None:
+    @staticmethod
+    def _write(owned: OwnedShard, link: Link, writer: codec.DispatchWriter, attempt: AttemptId) -> None:
+        machine = _machine(owned)
+        view, dispatch = machine.attempt(attempt), machine.dispatch(attempt)
+        if view is None or dispatch is None or view.generation != link.generation or view.cluster != link.cluster:
+            return
+        writer.add(attempt, dispatch)
+
+    def _number(self, link: Link, writer: codec.DispatchWriter) -> None:
         number = link.next_no
         link.next_no += 1
-        link.unreceived[number] = (self._clock.boot(), tuple(writer.attempts))
         for attempt in writer.attempts:
             link.numbered[attempt] = number
+        self._flush(link, writer, number)
+
+    def _flush(self, link: Link, writer: codec.DispatchWriter, number: int) -> None:
+        link.unreceived[number] = (self._clock.boot(), tuple(writer.attempts))
         self._send(link, pb.SessionResponse(dispatches=writer.message(number)))
 
     def _stop(self, owned: OwnedShard, link: Link, attempts: Iterable[AttemptId]) -> None:
@@ -239,6 +266,8 @@ class Dispatcher:
         """Send again what met silence (J7). The work grows with what is unanswered, not with what lives."""
         while True:
             await self._clock.sleep(RESEND / 4)
+            if self._view.restore_suspected or not self._controller.acting:
+                continue
             for (shard, cluster), link in list(self._links.items()):
                 owned = self._controller.owned().get(shard)
                 session = self._view.sessions.get(cluster)
@@ -255,10 +284,13 @@ class Dispatcher:
             # The agent moved and its inventory has not come through yet: this makes its new replica tell it again.
             poke = pb.SessionResponse(dispatches=pb.Dispatches(shard=owned.id))
             self._router.to_cluster(session.replica, link.cluster, link.stream, poke)
-        late = [number for number, (sent, _) in link.unreceived.items() if now - sent >= RESEND]
-        if late:
-            attempts = [a for number in late for a in link.unreceived.pop(number)[1]]
-            self._dispatch(owned, link, attempts)
+        for number, (sent, attempts) in list(link.unreceived.items()):
+            if now - sent >= RESEND:
+                # The same number, were nothing left under it: a gap would keep all later ones without a receipt.
+                writer = codec.DispatchWriter(owned, link.generation)
+                for attempt in attempts:
+                    self._write(owned, link, writer, attempt)
+                self._flush(link, writer, number)
         machine = _machine(owned)
         outstanding = set(machine.stops_on(link.cluster)) if link.stops_sent else set()
         for attempt in [a for a in link.stops_sent if a not in outstanding]:
@@ -298,3 +330,16 @@ class Dispatcher:
 
 def _machine(shard: OwnedShard) -> RunShard:
     return cast(RunShard, shard.machine)
+
+
+def _missing(machine: RunShard, link: Link, listed: Mapping[AttemptId, Held]) -> list[AttemptId]:
+    """Live attempts of the link's generation that its agent does not hold, holds only in a queue, which this stream must confirm
+    (F3), or holds under an older generation: to it a dispatch of what runs says that it was adopted (S6)."""
+    waiting = (pb.ATTEMPT_PHASE_QUEUED, pb.ATTEMPT_PHASE_VOID)
+    found: list[AttemptId] = []
+    for attempt in machine.live_on(link.cluster):
+        held = listed.get(attempt)
+        unaware = held is not None and held.phase == pb.ATTEMPT_PHASE_RUNNING and held.generation < link.generation
+        if held is None or held.phase in waiting or unaware:
+            found.append(attempt)
+    return found

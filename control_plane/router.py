@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from baton.internal import peer_pb2 as pb
 from baton.v1 import agent_pb2
 from control_plane.controller import Controller
-from control_plane.peers import CallContext, CallLost, Calls, Peers
+from control_plane.peers import CallContext, CallHandler, CallLost, Calls, Peers
 from control_plane.refusals import NotOwned
 from control_plane.view import View
 
@@ -98,6 +98,14 @@ class Router:
             raise CallLost(f"no such method: {method}")
         async for answer in handler(payload, context):
             yield answer
+
+    def serve(self, method: str, handler: CallHandler) -> None:
+        """Answer calls of `method` here, from this replica and others."""
+        self._calls.register(method, handler)
+
+    def ask(self, replica: str, method: str, payload: bytes, *, timeout: float) -> AsyncIterator[bytes]:
+        """Call `method` at another replica, whatever it owns. Raises CallFailed, CallLost."""
+        return self._calls.call(replica, payload, CallContext(method, timeout, "", ""))
 
     def _receive(self, replica: str, message: pb.PeerMessage) -> None:
         if self._calls.receive(replica, message):

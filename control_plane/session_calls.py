@@ -6,12 +6,13 @@ import dataclasses
 import json
 from typing import Any
 
-from control_plane.core.commands import LoseCluster, OpenSession
+from control_plane.core.commands import LoseCluster, OpenSession, SessionGrant
 from control_plane.core.model import Evidence
 
 OPEN = "/baton.internal/OpenSession"
 LOSE = "/baton.internal/Goodbye"
 INVENTORY = "/baton.internal/TakeInventory"
+ALIVE = "/baton.internal/AliveInstance"
 
 
 def encode_open(command: OpenSession) -> bytes:
@@ -26,6 +27,16 @@ def decode_open(payload: bytes) -> OpenSession:
     fields["taints"] = tuple(fields["taints"])
     fields["namespaces"] = tuple(fields["namespaces"])
     return OpenSession(**fields)
+
+
+def encode_grant(grant: SessionGrant) -> bytes:
+    """The answer to an OpenSession as JSON."""
+    return json.dumps(dataclasses.asdict(grant)).encode()
+
+
+def decode_grant(payload: bytes) -> SessionGrant:
+    """Inverse of `encode_grant`. Raises ValueError, TypeError."""
+    return SessionGrant(**json.loads(payload))
 
 
 def encode_lose(cluster: str, generation: int) -> bytes:

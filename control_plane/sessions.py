@@ -18,24 +18,26 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
 
 from baton.clock import Clock, Entropy
 from baton.internal import peer_pb2 as peer
 from baton.leases import LeaseValues, to_millis
 from baton.v1 import agent_pb2 as pb
-from control_plane.core.commands import OpenSession, SessionGrant
+from control_plane.core.commands import OpenSession, Refused, SessionGrant
 from control_plane.core.model import FLEET, RUN_SHARDS
 from control_plane.heartbeats import BEAT_TIMEOUT, Beating, Heartbeats
-from control_plane.peers import CallFailed, CallLost, single
+from control_plane.peers import CallContext, CallFailed, CallLost, single
 from control_plane.refusals import NotOwned, OutcomeUnknown, StoreDown
 from control_plane.router import Router
-from control_plane.session_calls import INVENTORY, LOSE, OPEN, encode_lose, encode_open
+from control_plane.session import AgentStream, Refuse, Session, SessionsConfig, StreamClosed
+from control_plane.session_calls import ALIVE, INVENTORY, LOSE, OPEN, decode_grant, encode_lose, encode_open
 from control_plane.store import keys
 from control_plane.store.base import Ambiguous, Compare, NotApplied, Put, Store, Txn, Unavailable
 from control_plane.view import View
+
+__all__ = ["Refuse", "Sessions", "SessionsConfig", "StreamClosed"]
 
 log = logging.getLogger(__name__)
 
@@ -45,64 +47,15 @@ HELLO_WAIT = 10.0
 CALL_TIMEOUT = 5.0
 """Seconds for one try of an internal call; a takeover in between costs one more try."""
 
+ALIVE_TIMEOUT = 1.0
+"""Seconds for another replica to say whom it serves. Larger: a frozen replica delays every Hello of the agents it served; smaller:
+a slow one lets a second instance in."""
+
 RETRY_PAUSE = 0.2
 """Seconds between tries of an internal call: far below a heartbeat, far above a loop turn."""
 
-
-class StreamClosed(Exception):
-    """The agent's stream ended."""
-
-
-class AgentStream(Protocol):
-    """One agent's stream, as its adapter offers it."""
-
-    peer_cluster: str | None
-    """Cluster name in the peer's certificate; None on plain loopback."""
-
-    async def receive(self) -> pb.SessionRequest:
-        """The next message. Raises StreamClosed."""
-        ...
-
-    def send(self, message: pb.SessionResponse) -> bool:
-        """Queue a message; False if the queue is full (the caller ends the stream)."""
-        ...
-
-
-@dataclass(slots=True)
-class Session:
-    """A live stream of a generation."""
-
-    cluster: str
-    name: str
-    generation: int
-    stream_id: str
-    stream: AgentStream
-    hello: pb.Hello
-    owner_value: bytes
-    inventories: dict[str, pb.ShardInventory]
-    closed: asyncio.Event = field(default_factory=asyncio.Event)
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    telling: set[str] = field(default_factory=set)
-    """Shards whose owner is being told the inventory."""
-
-
-class Refuse(Exception):
-    """The session cannot go on."""
-
-    def __init__(self, reason: str, message: str, retry_after: float = 1.0) -> None:
-        super().__init__(message)
-        self.reason, self.message, self.retry_after = reason, message, retry_after
-
-
-@dataclass(frozen=True, slots=True)
-class SessionsConfig:
-    """What the composition root tells."""
-
-    federation_uid: str
-    leases: Callable[[str], LeaseValues]
-    """Profile name -> values; raises KeyError."""
-    check_marks: Callable[[list[pb.ShardMark], str], Awaitable[bool]]
-    """PROTOCOL J12: True if the marks show that the store was restored (and it is said so in the store)."""
+MAX_PAUSE = 1.0
+"""Longest pause between tries to bring an inventory: every shard of every agent tries. Longer delays dispatches after an outage."""
 
 
 class Sessions:
@@ -118,6 +71,7 @@ class Sessions:
         self._owners_seen: dict[str, str] = {}
         self._draining = False
         router.on_to_cluster(self._deliver)
+        router.serve(ALIVE, self._alive)
         view.subscribe(self._view_changed)
 
     def serving(self) -> dict[str, str]:
@@ -167,17 +121,22 @@ class Sessions:
             raise Refuse(
                 "RESTORE_SUSPECTED", "the store was restored; an operator must run `baton admin restored`", 5.0
             )
-        grant = await self._generation(hello, lease)
-        owner_value = await self._claim(grant.cluster, grant.generation)
+        grant = await self._generation(hello, lease, rival=await self._rival(hello))
+        lease = self._granted(grant)
+        owner_value, claimed = await self._claim(grant.cluster, grant.generation)
+        # Claims of one key are ordered by their revisions, so stream ids sort by age on whichever replica they were made.
+        stream_id = f"{claimed:016x}.{self._entropy.token(4)}"
         previous = self._by_cluster.get(grant.cluster)
         if previous is not None:
+            if previous.stream_id > stream_id:
+                raise Refuse("SESSION_MOVED", "a newer stream of this cluster took over", 0.0)
             self._refuse(previous, "SECOND_INSTANCE", "a newer stream of this cluster took over", 5.0)
             self._close(previous)
         session = Session(
             cluster=grant.cluster,
             name=hello.cluster,
             generation=grant.generation,
-            stream_id=self._entropy.token(8),
+            stream_id=stream_id,
             stream=stream,
             hello=hello,
             owner_value=owner_value,
@@ -213,12 +172,46 @@ class Sessions:
             )
         if hello.federation_uid and hello.federation_uid != self._config.federation_uid:
             raise Refuse("DENIED", "this agent's journal belongs to another federation", 30.0)
+        if hello.marks and not hello.federation_uid:
+            # Nothing could be compared with them, and a restore would go unseen (J12).
+            raise Refuse("INVALID_ARGUMENT", "hello cites marks without the federation they are of", 30.0)
         try:
             return self._config.leases(hello.profile or "balanced")
         except KeyError:
             raise Refuse("INVALID_ARGUMENT", f"hello.profile: no lease profile {hello.profile!r}", 30.0) from None
 
-    async def _generation(self, hello: pb.Hello, lease: LeaseValues) -> SessionGrant:
+    async def _rival(self, hello: pb.Hello) -> bool:
+        """Whether another instance's stream of that name is alive, here or where we heard it is served (S1)."""
+        here = self.alive_instance(hello.cluster)
+        if here is not None:
+            return here != hello.instance
+        uid = next((uid for uid, facts in self._view.table.clusters.items() if facts.name == hello.cluster), "")
+        served = self._view.sessions.get(uid)
+        if served is None or served.ended or served.replica in ("", self._router.replica):
+            return False
+        asking = self._router.ask(served.replica, ALIVE, hello.cluster.encode(), timeout=ALIVE_TIMEOUT)
+        try:
+            there = (await single(asking)).decode()
+        except (CallLost, CallFailed):
+            return False  # nobody that serves it can be asked: the agent may well have come from there
+        return there not in ("", hello.instance)
+
+    async def _alive(self, payload: bytes, context: CallContext) -> AsyncIterator[bytes]:  # noqa: ARG002 - a CallHandler
+        """Which instance we serve under that name; empty if none."""
+        yield (self.alive_instance(payload.decode()) or "").encode()
+
+    def _granted(self, grant: SessionGrant) -> LeaseValues:
+        """The lease of the grant's generation: never longer than what fleet and owners wait for it (F5, S8)."""
+        try:
+            lease = self._config.leases(grant.profile)
+        except KeyError:
+            lease = None
+        if lease is None or lease.lost + lease.guard > grant.recovery_seconds:
+            reason = f"generation {grant.generation} was opened with another profile {grant.profile}; it must end first"
+            raise Refuse("GENERATION_ENDING", reason)
+        return lease
+
+    async def _generation(self, hello: pb.Hello, lease: LeaseValues, *, rival: bool) -> SessionGrant:
         command = OpenSession(
             cluster_name=hello.cluster,
             cluster_uid=self._entropy.token(8),
@@ -236,7 +229,7 @@ class Sessions:
             namespaces=tuple(sorted(hello.namespaces)),
             agent_version=hello.agent_version,
             last_generation=hello.last_generation,
-            first_session_alive=(self.alive_instance(hello.cluster) or hello.instance) != hello.instance,
+            first_session_alive=rival,
         )
         try:
             answer = await single(self._router.call(FLEET, OPEN, encode_open(command), timeout=CALL_TIMEOUT))
@@ -245,11 +238,11 @@ class Sessions:
             raise Refuse(reason if reason.isupper() else "UNAVAILABLE", failed.message) from failed
         except (NotOwned, CallLost, TimeoutError) as error:
             raise Refuse("UNAVAILABLE", "the fleet shard cannot be reached", RETRY_PAUSE) from error
-        fields = json.loads(answer)
-        return SessionGrant(fields["cluster"], fields["generation"], fields["resumed"])
+        return decode_grant(answer)
 
-    async def _claim(self, cluster: str, generation: int) -> bytes:
-        """Make this replica the serving one, by comparing the value that holds the generation (S2). Its new value."""
+    async def _claim(self, cluster: str, generation: int) -> tuple[bytes, int]:
+        """Make this replica the serving one, by comparing the value that holds the generation (S2). Its new value, and the
+        revision of the claim."""
         key = keys.session_owner(cluster)
         for _ in range(5):
             try:
@@ -264,8 +257,9 @@ class Sessions:
                 swap = Txn(
                     [Compare.equals(key, current.value), Compare.absent(keys.RESTORED_SUSPECTED)], [Put(key, value)]
                 )
-                if (await self._store.txn(swap, timeout=BEAT_TIMEOUT)).succeeded:
-                    return value
+                result = await self._store.txn(swap, timeout=BEAT_TIMEOUT)
+                if result.succeeded:
+                    return value, result.revision
             except (NotApplied, Ambiguous, Unavailable):
                 continue
         raise Refuse("UNAVAILABLE", "the session's key could not be claimed", RETRY_PAUSE)
@@ -308,10 +302,12 @@ class Sessions:
             try:
                 await single(self._router.call(FLEET, LOSE, payload, timeout=CALL_TIMEOUT))
                 break
-            except CallFailed:
-                break
+            except CallFailed as failed:
+                if failed.message.startswith("WRONG_STATE"):
+                    break  # it has ended already
             except (NotOwned, CallLost, TimeoutError):
-                await self._clock.sleep(RETRY_PAUSE)
+                pass
+            await self._clock.sleep(RETRY_PAUSE)
         self._refuse(session, "GENERATION_ENDED", "goodbye", 0.0)
 
     def _tell_inventory(self, session: Session, shard: str) -> None:
@@ -331,13 +327,21 @@ class Sessions:
             journal_uid=session.hello.journal_uid,
         )
         payload = self._router.replica.encode() + b"\n" + up.SerializeToString()
-        while not session.closed.is_set():
-            try:
-                await single(self._router.call(shard, INVENTORY, payload, timeout=CALL_TIMEOUT))
-                break
-            except (NotOwned, OutcomeUnknown, StoreDown, CallLost, CallFailed, TimeoutError):
-                await self._clock.sleep(RETRY_PAUSE)
-        session.telling.discard(shard)
+        pause = RETRY_PAUSE
+        try:
+            while not session.closed.is_set():
+                owner = self._owners_seen.get(shard)
+                try:
+                    await single(self._router.call(shard, INVENTORY, payload, timeout=CALL_TIMEOUT))
+                except (Refused, NotOwned, OutcomeUnknown, StoreDown, CallLost, CallFailed, TimeoutError):
+                    await self._clock.sleep(pause * (0.5 + self._entropy.uniform()))
+                    pause = min(2 * pause, MAX_PAUSE)
+                    continue
+                if self._owners_seen.get(shard) == owner:
+                    break
+                # Who answered may have been the owner before: its successor knows nothing of this stream.
+        finally:
+            session.telling.discard(shard)
 
     def _view_changed(self, what: str) -> None:
         """A shard with a new owner has no link to our agents yet: tell it (J7)."""

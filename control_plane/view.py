@@ -33,6 +33,10 @@ LIST_TIMEOUT = 5.0
 RETRY_PAUSE = 0.2
 """Seconds after a failed listing. The view is stale meanwhile, so short; a down store is asked 5 times a second per prefix."""
 
+REFRESH = 30.0
+"""Seconds after which a prefix is listed again though its watch goes on. A restored store (PROTOCOL J12) that has passed the
+watch's place has other keys and says nothing of it; this bounds how long they are believed. Costs about one read a second."""
+
 LIST_PAGE = 500
 """Keys per page of a listing: a session's beat is about 1 KiB, so a page stays under etcd's default message size."""
 
@@ -116,9 +120,12 @@ class View:
         while True:
             try:
                 await self._list(feed)
-                await self._watch(feed)
-            except Compacted:
+                async with asyncio.timeout(REFRESH):
+                    await self._watch(feed)
+            except TimeoutError:
                 continue
+            except Compacted as error:
+                log.info("the view lists again", extra={"prefix": feed.prefix, "cause": str(error)})
             except StoreError as error:
                 log.debug("the view cannot be refreshed", extra={"prefix": feed.prefix, "error": str(error)})
             # A watch that ended without a word (store closed) is as bad as a failed listing.

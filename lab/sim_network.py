@@ -53,9 +53,7 @@ class Links:
             peers = self.peers.get(one)
             if peers is not None and other in self.peers:
                 delay = self.rng.uniform(0.0, NOTICE)
-                asyncio.get_running_loop().call_later(
-                    delay, partial(peers.peer_broke, other), context=self._at(one)
-                )
+                asyncio.get_running_loop().call_later(delay, partial(peers.peer_broke, other), context=self._at(one))
 
     def heal(self, source: str, target: str) -> None:
         """`target` hears `source` again."""

@@ -362,6 +362,7 @@ class StoredTaskSpec(_message.Message):
     SELECTOR_FIELD_NUMBER: _builtins.int
     CLUSTERS_FIELD_NUMBER: _builtins.int
     TOLERATIONS_FIELD_NUMBER: _builtins.int
+    PYTHON_FIELD_NUMBER: _builtins.int
     trigger: _builtins.int
     """When it may start; numbers of core.model."""
     timeout: _builtins.float
@@ -404,6 +405,10 @@ class StoredTaskSpec(_message.Message):
     def tolerations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Tolerated taints."""
 
+    @_builtins.property
+    def python(self) -> Global___StoredPythonCall:
+        """The function to call; then `argv` is empty."""
+
     def __init__(
         self,
         *,
@@ -421,14 +426,55 @@ class StoredTaskSpec(_message.Message):
         selector: _abc.Iterable[Global___Pair] | None = ...,
         clusters: _abc.Iterable[_builtins.str] | None = ...,
         tolerations: _abc.Iterable[_builtins.str] | None = ...,
+        python: Global___StoredPythonCall | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources", "retry", b"retry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["python", b"python", "resources", b"resources", "retry", b"retry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "clusters", b"clusters", "env", b"env", "expected", b"expected", "grace", b"grace", "hedge", b"hedge", "on_cluster_lost", b"on_cluster_lost", "require_isolation", b"require_isolation", "resources", b"resources", "retry", b"retry", "selector", b"selector", "timeout", b"timeout", "tolerations", b"tolerations", "trigger", b"trigger"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "clusters", b"clusters", "env", b"env", "expected", b"expected", "grace", b"grace", "hedge", b"hedge", "on_cluster_lost", b"on_cluster_lost", "python", b"python", "require_isolation", b"require_isolation", "resources", b"resources", "retry", b"retry", "selector", b"selector", "timeout", b"timeout", "tolerations", b"tolerations", "trigger", b"trigger"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StoredTaskSpec: _TypeAlias = StoredTaskSpec  # noqa: Y015
+
+@_typing.final
+class StoredPythonCall(_message.Message):
+    """A call of a Python function."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    ARGS_JSON_FIELD_NUMBER: _builtins.int
+    REQUIREMENTS_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    CODE_INDEX_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    """module:qualname."""
+    args_json: _builtins.str
+    """Its arguments."""
+    code: _builtins.str
+    """Sha-256 of its code; empty for none."""
+    code_index: _builtins.int
+    """1 + index of its code in the columns' `codes`; 0 for none."""
+    @_builtins.property
+    def requirements(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Packages it needs."""
+
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        args_json: _builtins.str = ...,
+        requirements: _abc.Iterable[_builtins.str] | None = ...,
+        code: _builtins.str = ...,
+        code_index: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["args_json", b"args_json", "code", b"code", "code_index", b"code_index", "function", b"function", "requirements", b"requirements"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoredPythonCall: _TypeAlias = StoredPythonCall  # noqa: Y015
 
 @_typing.final
 class TaskColumns(_message.Message):
@@ -441,6 +487,7 @@ class TaskColumns(_message.Message):
     PARENTS_FIELD_NUMBER: _builtins.int
     SPEC_OF_FIELD_NUMBER: _builtins.int
     SPECS_FIELD_NUMBER: _builtins.int
+    CODES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids."""
@@ -461,6 +508,10 @@ class TaskColumns(_message.Message):
     def specs(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoredTaskSpec]:
         """Distinct specs."""
 
+    @_builtins.property
+    def codes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Distinct packed codes of those specs."""
+
     def __init__(
         self,
         *,
@@ -469,10 +520,11 @@ class TaskColumns(_message.Message):
         parents: _abc.Iterable[_builtins.int] | None = ...,
         spec_of: _abc.Iterable[_builtins.int] | None = ...,
         specs: _abc.Iterable[Global___StoredTaskSpec] | None = ...,
+        codes: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "parent_counts", b"parent_counts", "parents", b"parents", "spec_of", b"spec_of", "specs", b"specs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "ids", b"ids", "parent_counts", b"parent_counts", "parents", b"parents", "spec_of", b"spec_of", "specs", b"specs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -596,6 +596,7 @@ class DispatchTemplate(_message.Message):
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     GRACE_MS_FIELD_NUMBER: _builtins.int
     KEEP_AT_FENCE_FIELD_NUMBER: _builtins.int
+    PYTHON_FIELD_NUMBER: _builtins.int
     timeout_ms: _builtins.int
     """Longest run time, milliseconds; 0 means none."""
     grace_ms: _builtins.int
@@ -610,6 +611,10 @@ class DispatchTemplate(_message.Message):
     def resources(self) -> _graph_pb2.Resources:
         """What it reserves."""
 
+    @_builtins.property
+    def python(self) -> _graph_pb2.PythonTask:
+        """The function to call; then `process` is empty."""
+
     def __init__(
         self,
         *,
@@ -618,10 +623,11 @@ class DispatchTemplate(_message.Message):
         timeout_ms: _builtins.int = ...,
         grace_ms: _builtins.int = ...,
         keep_at_fence: _builtins.bool = ...,
+        python: _graph_pb2.PythonTask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process", "resources", b"resources"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process", "python", b"python", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace_ms", b"grace_ms", "keep_at_fence", b"keep_at_fence", "process", b"process", "resources", b"resources", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace_ms", b"grace_ms", "keep_at_fence", b"keep_at_fence", "process", b"process", "python", b"python", "resources", b"resources", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -692,12 +698,13 @@ class Dispatches(_message.Message):
     DISPATCH_NO_FIELD_NUMBER: _builtins.int
     TEMPLATES_FIELD_NUMBER: _builtins.int
     DISPATCHES_FIELD_NUMBER: _builtins.int
+    CODES_FIELD_NUMBER: _builtins.int
     shard: _builtins.str
     """The shard."""
     generation: _builtins.int
     """Generation these are for."""
     dispatch_no: _builtins.int
-    """Rises by one per (session, shard, epoch)."""
+    """From 1, rising by one, per (stream, shard, epoch); sent again under the same number."""
     @_builtins.property
     def epoch(self) -> Global___ShardEpoch:
         """Its owner's epoch; raises the epoch on the agent's disk before it is acted on."""
@@ -714,6 +721,10 @@ class Dispatches(_message.Message):
     def dispatches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dispatch]:
         """The attempts."""
 
+    @_builtins.property
+    def codes(self) -> _containers.RepeatedCompositeFieldContainer[_graph_pb2.Code]:
+        """Code that the templates' python tasks name, each once."""
+
     def __init__(
         self,
         *,
@@ -724,10 +735,11 @@ class Dispatches(_message.Message):
         dispatch_no: _builtins.int = ...,
         templates: _abc.Iterable[Global___DispatchTemplate] | None = ...,
         dispatches: _abc.Iterable[Global___Dispatch] | None = ...,
+        codes: _abc.Iterable[_graph_pb2.Code] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "mark", b"mark"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch_no", b"dispatch_no", "dispatches", b"dispatches", "epoch", b"epoch", "generation", b"generation", "mark", b"mark", "shard", b"shard", "templates", b"templates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "dispatch_no", b"dispatch_no", "dispatches", b"dispatches", "epoch", b"epoch", "generation", b"generation", "mark", b"mark", "shard", b"shard", "templates", b"templates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -118,7 +118,7 @@ class NodeShape(_message.Message):
     cpu_millis: _builtins.int
     """Free CPU of each, in thousandths."""
     memory_bytes: _builtins.int
-    """Free memory of each, bytes."""
+    """Free memory of each, bytes; 0 with total_memory_bytes 0 means not accounted."""
     disk_bytes: _builtins.int
     """Free disk of each, bytes; 0 means not accounted."""
     total_cpu_millis: _builtins.int

@@ -234,6 +234,70 @@ class ProcessTask(_message.Message):
 Global___ProcessTask: _TypeAlias = ProcessTask  # noqa: Y015
 
 @_typing.final
+class PythonTask(_message.Message):
+    """A task that calls a Python function in a warm worker process; its return value, as JSON, is the task's result."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    ARGS_JSON_FIELD_NUMBER: _builtins.int
+    REQUIREMENTS_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    """module:qualname, e.g. "steps.clean:run"."""
+    args_json: _builtins.str
+    """JSON array (positional arguments) or object (named ones; the name "$baton.args" holds positional ones), at most 64 KiB.
+    Anywhere in it {"$baton.result": "<task id>"} stands for the result of a parent.
+    """
+    code: _builtins.str
+    """Sha-256, in hex, of the Code that holds the module. Empty: the module comes with a requirement or with the agent's Python."""
+    @_builtins.property
+    def requirements(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Packages as pip names them, e.g. "numpy==2.1.0"; a virtual environment per set. At most 64."""
+
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        args_json: _builtins.str = ...,
+        requirements: _abc.Iterable[_builtins.str] | None = ...,
+        code: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["args_json", b"args_json", "code", b"code", "function", b"function", "requirements", b"requirements"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PythonTask: _TypeAlias = PythonTask  # noqa: Y015
+
+@_typing.final
+class Code(_message.Message):
+    """Python files that travel with a graph: a zip archive whose root is put on the module path."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    ZIP_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.str
+    """Sha-256 of `zip`, in lower-case hex."""
+    zip: _builtins.bytes
+    """The archive, at most 64 KiB."""
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.str = ...,
+        zip: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "zip", b"zip"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Code: _TypeAlias = Code  # noqa: Y015
+
+@_typing.final
 class Task(_message.Message):
     """A node of a graph."""
 
@@ -274,6 +338,7 @@ class Task(_message.Message):
     EXPECTED_DURATION_FIELD_NUMBER: _builtins.int
     TERMINATION_GRACE_FIELD_NUMBER: _builtins.int
     PROCESS_FIELD_NUMBER: _builtins.int
+    PYTHON_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique in the graph: [a-z0-9]([-a-z0-9_.]{0,61}[a-z0-9])?"""
     trigger_rule: Global___TriggerRule.ValueType
@@ -324,6 +389,10 @@ class Task(_message.Message):
     def process(self) -> Global___ProcessTask:
         """A program."""
 
+    @_builtins.property
+    def python(self) -> Global___PythonTask:
+        """A Python function."""
+
     def __init__(
         self,
         *,
@@ -342,12 +411,13 @@ class Task(_message.Message):
         expected_duration: _duration_pb2.Duration | None = ...,
         termination_grace: _duration_pb2.Duration | None = ...,
         process: Global___ProcessTask | None = ...,
+        python: Global___PythonTask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_duration", b"expected_duration", "kind", b"kind", "process", b"process", "resources", b"resources", "retry", b"retry", "termination_grace", b"termination_grace", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_duration", b"expected_duration", "kind", b"kind", "process", b"process", "python", b"python", "resources", b"resources", "retry", b"retry", "termination_grace", b"termination_grace", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_selector", b"cluster_selector", "clusters", b"clusters", "expected_duration", b"expected_duration", "hedge", b"hedge", "id", b"id", "kind", b"kind", "on_cluster_lost", b"on_cluster_lost", "parents", b"parents", "process", b"process", "require_isolation", b"require_isolation", "resources", b"resources", "retry", b"retry", "termination_grace", b"termination_grace", "timeout", b"timeout", "tolerations", b"tolerations", "trigger_rule", b"trigger_rule"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_selector", b"cluster_selector", "clusters", b"clusters", "expected_duration", b"expected_duration", "hedge", b"hedge", "id", b"id", "kind", b"kind", "on_cluster_lost", b"on_cluster_lost", "parents", b"parents", "process", b"process", "python", b"python", "require_isolation", b"require_isolation", "resources", b"resources", "retry", b"retry", "termination_grace", b"termination_grace", "timeout", b"timeout", "tolerations", b"tolerations", "trigger_rule", b"trigger_rule"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["process"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["process", "python"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -360,18 +430,24 @@ class GraphSpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TASKS_FIELD_NUMBER: _builtins.int
+    CODES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Task]:
         """At least one task, at most 1,000,000."""
+
+    @_builtins.property
+    def codes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Code]:
+        """Code that its python tasks name; at most 8."""
 
     def __init__(
         self,
         *,
         tasks: _abc.Iterable[Global___Task] | None = ...,
+        codes: _abc.Iterable[Global___Code] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

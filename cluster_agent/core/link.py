@@ -76,13 +76,11 @@ class Link:
         self.lapsed, self.renewed_at = True, None
 
     def count(self, shard: str, epoch: Epoch, dispatch_no: int) -> int:
-        """Count a dispatch; the highest number of this owner without a gap. The first on a stream sets the
-        beginning."""
+        """Count a dispatch; the highest number of this owner without a gap. Each owner begins a stream with 1: if that
+        were lost and the next one set the beginning, a receipt would cover it."""
         held = self.received.get(shard)
-        if held is None or held[0] != epoch:
-            highest = dispatch_no
-        else:
-            highest = dispatch_no if dispatch_no == held[1] + 1 else held[1]
+        before = held[1] if held is not None and held[0] == epoch else 0
+        highest = before + 1 if dispatch_no == before + 1 else before
         self.received[shard] = (epoch, highest)
         return highest
 

@@ -15,6 +15,8 @@ The rules, each with its place below:
 * **S6**: a new stream voids the queue and lists it; another boot id means that all is dead (`restore`).
 * **J7, J12**: reports repeat until acknowledged and only then is anything forgotten; every owner message raises the
   shard's epoch and mark before it is acted upon (`_admit`).
+* **G2**: at F the guard must live, stream or no stream; one that gives no sign of life is killed with its work
+  (`_see_to_the_fence`). A new guard is told of the lease first (`_on_census`).
 * **C3**: this agent has the last word on what fits. **D1**: deadlines are mapped by the last answered heartbeat.
 
 One step handles a batch and is atomic: its actions leave only after its records are written (see `commands.Step`).

@@ -94,6 +94,17 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True)
+class PythonCall:
+    """A Python function to call: module:qualname, JSON arguments, packages it needs, and its packed code with its hash."""
+
+    function: str
+    args_json: str
+    requirements: tuple[str, ...] = ()
+    code: str = ""
+    code_zip: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class WorkSpec:
     """What to run, as dispatched."""
 
@@ -111,6 +122,8 @@ class WorkSpec:
     keep_at_fence: bool = False
     inputs: bytes = b""
     traceparent: str = ""
+    python: PythonCall | None = None
+    """Instead of `argv`, which is empty then."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,8 +63,25 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class PythonCall:
+    """A function to call in a warm worker of the same environment. Its JSON return value is the attempt's result."""
+
+    function: str
+    """module:qualname."""
+    args_json: str
+    """JSON array or object, as PythonTask.args_json of graph.proto."""
+    requirements: tuple[str, ...] = ()
+    code: str = ""
+    """Sha-256 of `code_zip` in hex; empty when the module comes with a requirement or the agent's own Python."""
+    code_zip: bytes = b""
+    tenant: str = ""
+    """A worker serves one of these only: what a task leaves in its process is seen by nobody else."""
+
+
+@dataclass(frozen=True, slots=True)
 class StartRequest:
-    """Everything needed to run one attempt of a `process` task. Times are on this host's boot clock, in seconds."""
+    """Everything needed to run one attempt of a `process` or `python` task. Times are on this host's boot clock, in
+    seconds."""
 
     key: AttemptKey
     generation: int
@@ -79,6 +96,8 @@ class StartRequest:
     keep_at_fence: bool = False
     inputs: bytes = b""
     """Written to the file BATON_INPUTS names (JSON object: parent id -> result), if not empty."""
+    python: PythonCall | None = None
+    """Instead of `argv`, which is empty then."""
 
 
 class Cause(Enum):

@@ -41,6 +41,7 @@ from cluster_agent.guard.protocol import (
     Message,
     ProtocolError,
     SocketDirectory,
+    code_to_wire,
     encode,
     entry_from_wire,
     exit_from_wire,
@@ -71,6 +72,10 @@ START_BATCH_BYTES = 1 << 20
 MAX_UNREAD_EVENTS = 10_000
 """Events the agent has not taken; then we stop reading the guard, which bounds its own side. Smaller stalls big
 batches."""
+
+CODE_SECONDS = 3600.0
+"""Packed code is sent again after so long: the guard keeps unused code for a day. Smaller sends it more often for
+nothing."""
 
 READ_BYTES = 1 << 18
 
@@ -111,6 +116,8 @@ class ProcessExecutor:
         self._unread: list[ExecutorEvent] = []
         self._changed = asyncio.Condition()
         self._ended = True
+        self._codes: dict[str, float] = {}
+        """Packed codes this guard has, and when they were sent."""
         self._reads: dict[int, asyncio.Future[tuple[bytes, bool]]] = {}
         self._read_id = 0
 
@@ -125,7 +132,7 @@ class ProcessExecutor:
                 reader, writer, greeting = await self._meet(place.address)
         finally:
             place.close()
-        self._writer, self._ended, self._unread = writer, False, []
+        self._writer, self._ended, self._unread, self._codes = writer, False, [], {}
         return self._begin(reader, greeting)
 
     def features(self) -> Features:
@@ -157,8 +164,20 @@ class ProcessExecutor:
 
     async def start(self, requests: Sequence[StartRequest]) -> None:
         """See Executor."""
+        await self._send_codes(requests)
         for batch in _batches(requests):
             await self._ask({"op": "start", "requests": batch})
+
+    async def _send_codes(self, requests: Sequence[StartRequest]) -> None:
+        """Packed code of python tasks goes ahead of the first start that names it, and again after a while."""
+        now = self._clock.boot()
+        for request in requests:
+            call = request.python
+            if call is None or not call.code or self._codes.get(call.code, -CODE_SECONDS) + CODE_SECONDS > now:
+                continue
+            await self._ask(code_to_wire(call))
+            self._codes = {code: sent for code, sent in self._codes.items() if sent + CODE_SECONDS > now}
+            self._codes[call.code] = now
 
     async def stop(self, keys: Sequence[AttemptKey], *, grace_seconds: float) -> None:
         """See Executor."""

@@ -10,6 +10,7 @@ and unknown fields are ignored.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import struct
@@ -18,7 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from cluster_agent.executors.base import AttemptKey, Cause, CensusEntry, Exited, Limits, Phase, StartRequest
+from cluster_agent.executors.base import AttemptKey, Cause, CensusEntry, Exited, Limits, Phase, PythonCall, StartRequest
 
 VERSION = 1
 """Raised when an old guard would misread a new agent; such a guard is left to end its work and is then replaced."""
@@ -94,8 +95,8 @@ class SocketDirectory:
 
 
 def start_to_wire(request: StartRequest) -> Message:
-    """A StartRequest as JSON."""
-    return {
+    """A StartRequest as JSON; packed code travels ahead of it (`code_to_wire`)."""
+    wire: Message = {
         "key": request.key.text(),
         "gen": request.generation,
         "argv": list(request.argv),
@@ -107,6 +108,16 @@ def start_to_wire(request: StartRequest) -> Message:
         "keep": request.keep_at_fence,
         "inputs": base64.b64encode(request.inputs).decode(),
     }
+    call = request.python
+    if call is not None:
+        wire["python"] = {
+            "function": call.function,
+            "args": call.args_json,
+            "requirements": list(call.requirements),
+            "code": call.code,
+            "tenant": call.tenant,
+        }
+    return wire
 
 
 def start_from_wire(wire: Message) -> StartRequest:
@@ -123,7 +134,27 @@ def start_from_wire(wire: Message) -> StartRequest:
         grace_seconds=float(wire["grace"]),
         keep_at_fence=bool(wire["keep"]),
         inputs=base64.b64decode(wire["inputs"]),
+        python=_call_from_wire(wire["python"]) if "python" in wire else None,
     )
+
+
+def _call_from_wire(wire: Message) -> PythonCall:
+    requirements = tuple(str(each) for each in wire["requirements"])
+    code, tenant = str(wire["code"]), str(wire["tenant"])
+    return PythonCall(str(wire["function"]), str(wire["args"]), requirements, code, tenant=tenant)
+
+
+def code_to_wire(call: PythonCall) -> Message:
+    """The packed code of a call, for the guard to keep under its hash."""
+    return {"op": "code", "sha256": call.code, "zip": base64.b64encode(call.code_zip).decode()}
+
+
+def code_from_wire(wire: Message) -> tuple[str, bytes]:
+    """Hash and archive. Raises ValueError when they do not belong together."""
+    sha256, data = str(wire["sha256"]), base64.b64decode(wire["zip"])
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"code {sha256[:80]!r} came damaged")
+    return sha256, data
 
 
 def exit_to_wire(exited: Exited) -> Message:

@@ -111,12 +111,18 @@ def _weight(task: GraphTask, seen: set[int]) -> int:
     if id(task.spec) not in seen:
         seen.add(id(task.spec))
         weight += _spec_weight(task.spec)
+        python = task.spec.python
+        if python is not None and python.code_zip and id(python.code_zip) not in seen:
+            seen.add(id(python.code_zip))
+            weight += len(python.code_zip)
     return weight
 
 
 def _spec_weight(spec: TaskSpec) -> int:
     pairs = (*spec.env, *spec.selector)
     words = (*spec.argv, *spec.clusters, *spec.tolerations)
+    if spec.python is not None:
+        words = (*words, spec.python.function, spec.python.args_json, spec.python.code, *spec.python.requirements)
     return 120 + sum(len(key) + len(value) + 6 for key, value in pairs) + sum(len(word) + 3 for word in words)
 
 

@@ -130,7 +130,8 @@ class Room:
             self._classes[free] = self._classes.get(free, 0) + count
 
     def _free(self, shape: Shape) -> tuple[int, ...]:
-        amounts = {"cpu": shape.cpu_millis, "memory": shape.memory_bytes}
+        accounted = shape.memory_bytes > 0 or shape.total_memory_bytes > 0
+        amounts = {"cpu": shape.cpu_millis, "memory": shape.memory_bytes if accounted else UNACCOUNTED}
         amounts["disk"] = shape.disk_bytes if shape.disk_bytes > 0 else UNACCOUNTED
         amounts.update((f"extended {name}", amount) for name, amount in shape.extended)
         return tuple(max(amounts.get(name, 0), 0) for name in self._index)

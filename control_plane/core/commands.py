@@ -253,11 +253,14 @@ class OpenSession:
 
 @dataclass(frozen=True, slots=True)
 class SessionGrant:
-    """The session's generation; `resumed` if it goes on. `opened` if this batch opened it (the journal then puts its keys)."""
+    """The session's generation; `resumed` if it goes on. `profile` is the generation's, not what the agent asked for, and fleet
+    and owners wait `recovery_seconds` (L + G) for it: the agent must live by these (F5, S8)."""
 
     cluster: str
     generation: int
     resumed: bool
+    profile: str
+    recovery_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

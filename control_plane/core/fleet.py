@@ -10,8 +10,8 @@ four answers (S6), tried in this order:
    nothing about what the old one runs; it waits for the loss by the clock (S4);
 3. the same journal uid, another boot id             -> the same host booted: nothing survives that. The generation ends at
    once, evidence REPORTED, and the next one opens in the same batch;
-4. both the same                                     -> the generation goes on, and fleet waits the L and G it was opened
-   with; an agent that now asks for a longer lease than that waits for the next generation (S8).
+4. both the same                                     -> the generation goes on, with the lease it was opened with: that is
+   what fleet and owners wait for, so the grant says it, whatever the agent asks for now (F5, S8).
 
 Why 2 comes before 3: a boot id proves death only *of the same host*, and the journal on its disk is what names the host.
 
@@ -187,14 +187,7 @@ class Fleet:
             reason = f"the agent was in generation {command.last_generation} already: the store was restored"
             batch.emit(ev.ClusterLost(uid, current.number, Evidence.NONE, reason))
             return self._start(uid, command, batch)
-        if command.lost_seconds + command.guard_seconds > row.lost_seconds + current.guard_seconds:
-            # The agent would run on its longer F while owners copy after the shorter L+G: F5 would not hold (S8).
-            raise Refused(
-                "GENERATION_ENDING",
-                f"profile {command.profile} waits longer than {row.facts.profile}, under which generation "
-                f"{current.number} was opened; it must end first (start the agent as before and drain it, or wait)",
-            )
-        return SessionGrant(uid, current.number, resumed=True)
+        return self._grant(uid, resumed=True)
 
     def _start(self, uid: str, command: OpenSession, batch: Batch) -> SessionGrant:
         """S5: the next generation; its predecessor has ended. Never a number that the agent has seen before."""
@@ -218,7 +211,12 @@ class Fleet:
                 agent_version=command.agent_version,
             )
         )
-        return SessionGrant(uid, number, resumed=False)
+        return self._grant(uid, resumed=False)
+
+    def _grant(self, uid: str, *, resumed: bool) -> SessionGrant:
+        row = self._rows[uid]
+        opened = row.facts.generations[-1]
+        return SessionGrant(uid, opened.number, resumed, row.facts.profile, row.lost_seconds + opened.guard_seconds)
 
     def _lose(self, command: LoseCluster, batch: Batch) -> None:
         """S4, S5, F6: one ClusterLost per generation, with no more evidence than its guard can carry (G4)."""

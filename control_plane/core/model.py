@@ -153,6 +153,18 @@ class RetryPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class PythonCall:
+    """A function to call in a warm worker. `code_zip` is one object per distinct code: hashing it again costs nothing."""
+
+    function: str
+    args_json: str
+    requirements: tuple[str, ...] = ()
+    code: str = ""
+    """Sha-256 of `code_zip`; both empty when the module is not packed."""
+    code_zip: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class TaskSpec:
     """What equal tasks share; one object per distinct value in a run (DESIGN 13). Times in seconds, 0 = none."""
 
@@ -170,6 +182,8 @@ class TaskSpec:
     selector: tuple[tuple[str, str], ...] = ()
     clusters: tuple[str, ...] = ()
     tolerations: tuple[str, ...] = ()
+    python: PythonCall | None = None
+    """Instead of `argv`, which is empty then."""
 
 
 @dataclass(frozen=True, slots=True)

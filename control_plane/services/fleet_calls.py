@@ -5,7 +5,6 @@ Their failures travel with the reason at the head of the message, also to a call
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from typing import cast
 
@@ -15,7 +14,7 @@ from control_plane.core.commands import Command, Refused, SessionGrant
 from control_plane.core.model import FLEET
 from control_plane.peers import CallContext, CallFailed, Calls
 from control_plane.refusals import OutcomeUnknown, StoreDown
-from control_plane.session_calls import LOSE, OPEN, decode_lose, decode_open
+from control_plane.session_calls import LOSE, OPEN, decode_lose, decode_open, encode_grant
 
 
 class FleetCalls:
@@ -28,8 +27,7 @@ class FleetCalls:
 
     async def _open(self, payload: bytes, context: CallContext) -> AsyncIterator[bytes]:
         grant = cast(SessionGrant, await self._submit(decode_open(payload), context))
-        fields = {"cluster": grant.cluster, "generation": grant.generation, "resumed": grant.resumed}
-        yield json.dumps(fields).encode()
+        yield encode_grant(grant)
 
     async def _lose(self, payload: bytes, context: CallContext) -> AsyncIterator[bytes]:
         await self._submit(decode_lose(payload), context)

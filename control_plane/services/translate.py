@@ -13,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from baton.v1 import admin_pb2, graph_pb2, run_pb2
-from control_plane.core.model import GraphTask, OnClusterLost, Resources, RetryPolicy, TaskSpec, TriggerRule
+from control_plane.core.model import GraphTask, OnClusterLost, PythonCall, Resources, RetryPolicy, TaskSpec, TriggerRule
 from control_plane.core.views import AttemptView, GraphView, NamespaceView, RunEventView, RunView, TaskView
 
 NameOf = Callable[[str], str]
@@ -66,16 +66,17 @@ def graph_tasks(spec: graph_pb2.GraphSpec) -> tuple[GraphTask, ...]:
     """The tasks of a valid graph (`baton.validate.violations` found nothing)."""
     index = {task.id: number for number, task in enumerate(spec.tasks)}
     specs: dict[TaskSpec, TaskSpec] = {}
+    codes = {code.sha256: code.zip for code in spec.codes}
     tasks: list[GraphTask] = []
     for task in spec.tasks:
-        value = task_spec(task)
+        value = task_spec(task, codes)
         value = specs.setdefault(value, value)
         tasks.append(GraphTask(task.id, tuple(index[parent] for parent in task.parents), value))
     return tuple(tasks)
 
 
-def task_spec(task: graph_pb2.Task) -> TaskSpec:
-    """What equal tasks share."""
+def task_spec(task: graph_pb2.Task, codes: Mapping[str, bytes]) -> TaskSpec:
+    """What equal tasks share. `codes`: zip archives by their hash."""
     return TaskSpec(
         argv=tuple(task.process.argv),
         env=pairs(task.process.env),
@@ -91,7 +92,13 @@ def task_spec(task: graph_pb2.Task) -> TaskSpec:
         selector=pairs(task.cluster_selector),
         clusters=tuple(sorted(set(task.clusters))),
         tolerations=tuple(sorted(set(task.tolerations))),
+        python=_python_call(task.python, codes) if task.HasField("python") else None,
     )
+
+
+def _python_call(of: graph_pb2.PythonTask, codes: Mapping[str, bytes]) -> PythonCall:
+    requirements = tuple(sorted(set(of.requirements)))  # a set: its environment is found by it
+    return PythonCall(of.function, of.args_json, requirements, of.code, codes[of.code] if of.code else b"")
 
 
 def _resources(of: graph_pb2.Resources) -> Resources:
@@ -119,6 +126,7 @@ def _retry(of: graph_pb2.RetryPolicy) -> RetryPolicy:
 def graph_spec(tasks: Sequence[GraphTask]) -> graph_pb2.GraphSpec:
     """Inverse of `graph_tasks`, with the defaults written out."""
     spec = graph_pb2.GraphSpec()
+    codes: dict[str, bytes] = {}
     for task in tasks:
         value = task.spec
         message = spec.tasks.add(
@@ -147,11 +155,22 @@ def graph_spec(tasks: Sequence[GraphTask]) -> graph_pb2.GraphSpec:
             on_cluster_lost=int(value.on_cluster_lost),
             hedge=value.hedge,
             expected_duration=duration(value.expected),
-            process=graph_pb2.ProcessTask(argv=value.argv, env=dict(value.env)),
+            process=graph_pb2.ProcessTask(argv=value.argv, env=dict(value.env)) if value.python is None else None,
+            python=python_task(value.python) if value.python is not None else None,
         )
+        if value.python is not None and value.python.code:
+            codes[value.python.code] = value.python.code_zip
         # A grace of 0 s is a wish, not a default.
         message.termination_grace.CopyFrom(duration(value.grace) or Duration())
+    spec.codes.extend(graph_pb2.Code(sha256=sha256, zip=code) for sha256, code in codes.items())
     return spec
+
+
+def python_task(call: PythonCall) -> graph_pb2.PythonTask:
+    """The call, without the code it names."""
+    return graph_pb2.PythonTask(
+        function=call.function, args_json=call.args_json, requirements=call.requirements, code=call.code
+    )
 
 
 def graph(view: GraphView, *, with_spec: bool) -> graph_pb2.Graph:

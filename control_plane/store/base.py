@@ -12,8 +12,10 @@ The contract, in prose:
    reads (PROTOCOL J6).
 4. A read (`get`, `range`) is linearizable unless it names a revision. `Compacted` if that revision is gone.
 5. A watch delivers, per revision, all events of that revision under the prefix as one `WatchBatch`, in order, without
-   gaps, resuming by itself over broken streams; `Compacted` ends it when it cannot (the caller lists again). A batch
-   may be empty of events (progress). A watch is a feed for caches, never a proof.
+   gaps, resuming by itself over broken streams; `Compacted` ends it when it cannot (the caller lists again), be it that
+   history was forgotten or that the store was restored and is not even where the watch was. (A restored store that has
+   passed that place by then cannot be told from another: list again now and then.) A batch may be empty of events
+   (progress). A watch is a feed for caches, never a proof.
 6. A lease lives at least its TTL after the last renewal, and may live longer (a leader change restarts it). Keys put
    with `lease` vanish with it. `keepalive` returns the remaining TTL; 0 means that the lease is gone. Success of a
    keepalive is not ownership (PROTOCOL O2): only a fenced write is.
@@ -216,13 +218,21 @@ class Store(Protocol):
         ...
 
     async def range(
-        self, prefix: str, *, timeout: float, start: str = "", limit: int = 0, revision: int = 0, keys_only: bool = False
+        self,
+        prefix: str,
+        *,
+        timeout: float,
+        start: str = "",
+        limit: int = 0,
+        revision: int = 0,
+        keys_only: bool = False,
     ) -> RangeResult:
         """Keys under `prefix`, from `start` (a full key; default: the first), in order. Raises Unavailable, Compacted."""
         ...
 
     def watch(self, prefix: str, *, from_revision: int) -> AsyncIterator[WatchBatch]:
-        """Changes under `prefix` at or after `from_revision` (> 0). Raises Compacted. Close it with `aclose()`."""
+        """Changes under `prefix` at or after `from_revision` (> 0). Raises Compacted, also when the store is not even at
+        the revision before it: it was restored. Close it with `aclose()`."""
         ...
 
     async def lease_grant(self, ttl: float, *, timeout: float) -> Lease:

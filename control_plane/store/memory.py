@@ -97,8 +97,11 @@ class MemoryStore:
 
     async def watch(self, prefix: str, *, from_revision: int) -> AsyncGenerator[WatchBatch, None]:
         """See `base.Store.watch`."""
-        cursor = from_revision
+        cursor, life = from_revision, -1
         while not self._closed:
+            if life != self._server.life and self._server.keyspace.revision < cursor - 1:
+                raise Compacted(self._server.keyspace.revision)  # restored: it is not where we were
+            life = self._server.life
             after, batch = self._server.keyspace.changes(prefix, cursor)
             if batch is None:
                 cursor = after

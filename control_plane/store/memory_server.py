@@ -79,7 +79,7 @@ class MemoryEtcd:
         """The NOSPACE alarm: transactions with puts, and lease grants, are refused."""
         self._version, self._quota_bytes = version, quota_bytes
         self._quorum = True
-        self._life = 0  # rises with every restore: requests sent to the former life never land
+        self.life = 0  # rises with every restore: requests sent to the former life never land
         self._leases: dict[int, _Lease] = {}
         self._ended: dict[int, int] = {}
         self._next_lease = 1
@@ -163,10 +163,10 @@ class MemoryEtcd:
         """Carry a request to the server: `work` runs after `delay` seconds, later if there is no quorum then, and never
         if the store is restored in between. Goes on when the client dies: the request has left it."""
         future: asyncio.Future[Answer[T]] = asyncio.get_running_loop().create_future()
-        life = self._life
+        life = self.life
 
         def land() -> None:
-            if life != self._life:
+            if life != self.life:
                 return
             try:
                 answer = Answer(work(), None)
@@ -227,7 +227,7 @@ class MemoryEtcd:
     def restore(self, snapshot: MemorySnapshot, *, bump_revision: int = 0) -> None:
         """Become the backup (PROTOCOL J12): revisions rewind unless bumped, requests on their way are lost, TTLs
         restart, and lease ids given out since come again."""
-        self._life += 1
+        self.life += 1
         self._parked.clear()
         self.nospace = False
         self.keyspace.load(snapshot.keyspace, bump_revision)

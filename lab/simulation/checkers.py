@@ -257,7 +257,9 @@ def spawned_once(record: Record, fold: Fold) -> Iterator[Violation]:
         seen[key] = ran.cluster
         member = fold.attempts.get(key)
         if member is None or member.placed > ran.interval.start:
-            yield Violation("J7 effects after commit", ran.interval.start, f"{key} ran before it was placed in the journal")
+            yield Violation(
+                "J7 effects after commit", ran.interval.start, f"{key} ran before it was placed in the journal"
+            )
 
 
 def no_overlap(record: Record, fold: Fold) -> Iterator[Violation]:

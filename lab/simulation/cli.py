@@ -146,4 +146,3 @@ def _closing(verdicts: Sequence[Verdict], seconds: float) -> str:
     bad = [str(verdict.seed) for verdict in verdicts if verdict.violations]
     broken = f"violations in {len(bad)} ({', '.join(bad[:20])})" if bad else "0 violations"
     return f"sim: {len(verdicts)} seeds in {seconds:.1f} s ({len(verdicts) / max(seconds, 1e-9):.2f} seeds/s), {broken}"
-

@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from control_plane.store.base import Delete, Get, Put, TxnResult, WatchEvent
@@ -57,7 +58,7 @@ class SimEtcd(MemoryEtcd):
         self.keyspace = self.recorded
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        self._node.run(lambda: MemoryEtcd._start(self, work))
+        self._node.run(partial(super()._start, work))
 
 
 @dataclass(slots=True)
@@ -94,6 +95,7 @@ class SeededStoreFaults:
 
     def call(self, op: str, key: str) -> CallFault:
         """See `StoreFaults.call`."""
+        del key
         weather, rng = self.weather, self.rng
         there, back = rng.uniform(0.0, LATENCY), rng.uniform(0.0, LATENCY)
         if weather is CALM:

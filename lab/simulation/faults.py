@@ -7,17 +7,17 @@ strike at random times; what it breaks it mends after a while, and `heal` mends 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from control_plane.store import keys
+from lab.simulation.chance import chance
 from lab.simulation.etcd import CALM, Weather
 
 if TYPE_CHECKING:
     from lab.simulation.world import World
 
-PACE = 6.0
+PACE = 4.0
 """Mean seconds between two faults of a seed."""
 
 GUARD_PAUSE = 1.9
@@ -29,14 +29,19 @@ class Nemesis:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._rng = random.Random(f"nemesis/{world.seed}")
+        self._rng = chance("nemesis", world.seed)
         self._mending: list[Callable[[], None]] = []
         self.notes: list[tuple[float, str]] = []
         self.strikes = {
             "replica killed": self._kill_replica,
             "replica frozen": self._freeze_replica,
+            "replica left in order": self._leave_replica,
             "agent killed": self._kill_agent,
             "agent frozen": self._freeze_agent,
+            "agent left in order": self._leave_agent,
+            "agent drained": self._drain_agent,
+            "agent's disk full": self._fill_disk,
+            "wall clock stepped": self._step_wall,
             "guard killed": self._kill_guard,
             "guard frozen": self._freeze_guard,
             "host rebooted": self._reboot,
@@ -135,6 +140,52 @@ class Nemesis:
             node.freeze()
             self._later(gap, node.thaw)
         return f"{cluster.name} for {gap:.1f} s"
+
+    def _leave_replica(self) -> str:
+        replica, gap = self._rng.choice(self._world.replicas), 12.0 + self._long()
+        replica.leave()
+        self._later(gap, replica.start)
+        return f"{replica.name}, back in {gap:.1f} s"
+
+    def _leave_agent(self) -> str:
+        return self._stop_agent(drain=False)
+
+    def _drain_agent(self) -> str:
+        return self._stop_agent(drain=True)
+
+    def _stop_agent(self, *, drain: bool) -> str:
+        cluster, gap = self._rng.choice(self._world.clusters), self._outage()
+        node = cluster.node
+        cluster.leave(drain=drain)
+
+        def start() -> None:
+            if cluster.node is node:
+                cluster.kill()
+            cluster.start()
+
+        self._later(gap, start)
+        return f"{cluster.name}, back in {gap:.1f} s"
+
+    def _fill_disk(self) -> str:
+        cluster, gap = self._rng.choice(self._world.clusters), self._long()
+        disk = cluster.disk
+        disk.capacity = disk.used + self._rng.choice((0, 200))
+
+        def empty() -> None:
+            disk.capacity = None
+
+        self._later(gap, empty)
+        return f"{cluster.name} for {gap:.1f} s"
+
+    def _step_wall(self) -> str:
+        """Replicas are kept by NTP, more or less; what an agent thinks of the date must not matter (D1)."""
+        if self._rng.random() < 0.5:
+            replica, step = self._rng.choice(self._world.replicas), self._rng.uniform(-2.0, 2.0)
+            replica.clock.step_wall(step)
+            return f"{replica.name} by {step:.1f} s"
+        cluster, step = self._rng.choice(self._world.clusters), self._rng.uniform(-3000.0, 3000.0)
+        cluster.clock.step_wall(step)
+        return f"{cluster.name} by {step:.1f} s"
 
     def _kill_guard(self) -> str:
         cluster = self._rng.choice(self._world.clusters)
@@ -275,8 +326,13 @@ class Nemesis:
 KINDS = (
     "replica killed",
     "replica frozen",
+    "replica left in order",
     "agent killed",
     "agent frozen",
+    "agent left in order",
+    "agent drained",
+    "agent's disk full",
+    "wall clock stepped",
     "guard killed",
     "guard frozen",
     "host rebooted",

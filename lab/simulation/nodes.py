@@ -54,9 +54,11 @@ class Node:
         """Call something as this node: what it starts is this node's."""
         return self.context().run(call)
 
-    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """A task of this node."""
-        return self._loop.create_task(work, context=self.context())
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """A task of this node, which lives until it ends or the node does."""
+        task = self._loop.create_task(work, context=self.context())
+        self._loop.spawned.add(task)
+        task.add_done_callback(self._loop.spawned.discard)
 
     def freeze(self) -> None:
         """SIGSTOP."""
@@ -109,19 +111,35 @@ class SimLoop(VirtualLoop):
         self.turns = 0
         self.buried = False
         """The run is over: even dead nodes' callbacks run now, so that their tasks can be cancelled."""
+        self.spawned: set[asyncio.Task[Any]] = set()
         self.graveyard: list[asyncio.Task[Any]] = []
         """Tasks of dead nodes, kept from the garbage collector, which would run their `finally`."""
         self._order = shuffle
         self._numbers = 0
-        self.set_task_factory(self._make_task)  # type: ignore[arg-type]  # the stubs know no `context` argument
+        self.set_task_factory(self._make_task)
 
     def _make_task(
-        self, _loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any] | Generator[Any, None, Any], **options: Any
+        self,
+        _loop: asyncio.AbstractEventLoop,
+        work: Coroutine[Any, Any, Any] | Generator[Any, None, Any],
+        **options: Any,
     ) -> asyncio.Future[Any]:
         self._numbers += 1
         context = options.get("context")
         node = NODE.get() if context is None else context.get(NODE)
         return SimTask(work, loop=self, number=self._numbers, node=node, **options)
+
+    def bury(self) -> None:
+        """The run is over: cancel what is left, the tasks of dead nodes too."""
+        self.buried = True
+        for node in self.nodes:
+            node.bury()
+        left = {*self.graveyard, *(task for task in asyncio.all_tasks(self) if not task.done())}
+        for task in sorted(left, key=hash):
+            task.cancel()
+        if left:
+            self.run_until_complete(asyncio.wait(left, timeout=60.0))
+        self.run_until_complete(self.shutdown_asyncgens())
 
     def make_ready(self, handles: deque[asyncio.Handle]) -> None:
         """Run these next."""

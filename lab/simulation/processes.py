@@ -7,7 +7,6 @@ reboot leaves the disk without what was not synced, and starts the boot clock an
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from control_plane.snapshots import InPlaceSnapshotter
 from control_plane.store.keeper import TaskLeaseKeeper
 from control_plane.store.memory import MemoryStore
 from lab.sim_network import AgentEnd, Links, MemoryPeers, Pipe, ReplicaEnd
+from lab.simulation.chance import chance
 from lab.simulation.etcd import SeededStoreFaults, SimEtcd
 from lab.simulation.nodes import Node, SimLoop
 from lab.virtual_time import SeededEntropy, VirtualClock
@@ -75,10 +75,11 @@ class ReplicaProcess:
     def __init__(self, name: str, ground: Ground, drift: Drift) -> None:
         self.name, self._ground = name, ground
         self.clock = drift.clock()
-        self.faults = SeededStoreFaults(random.Random(f"{ground.seed}/{name}/store"), ground.hits)
+        self.faults = SeededStoreFaults(chance(ground.seed, name, "store"), ground.hits)
         self.lives = 0
         self.node: Node | None = None
         self.replica: Replica | None = None
+        self._leaving: Node | None = None
         self._edge: Edge | None = None
 
     @property
@@ -101,6 +102,17 @@ class ReplicaProcess:
             node.kill()
             self._ground.links.node_died(self.name)
             self._ground.links.nodes.pop(self.name, None)
+
+    def leave(self) -> None:
+        """SIGTERM: hand over, then end."""
+        if self.node is not None and self.replica is not None:
+            self.node.spawn(self._leave(self.node, self.replica))
+
+    async def _leave(self, node: Node, replica: Replica) -> None:
+        self._leaving = node
+        await replica.stop()
+        if self.node is node:
+            self.kill()
 
     async def _live(self, node: Node) -> None:
         ground, clock = self._ground, self.clock
@@ -127,8 +139,9 @@ class ReplicaProcess:
             edge.serve_peers(replica.calls)
             self.replica, self._edge = replica, edge
             await replica.run()
-            raise RuntimeError("the replica ended")
-        except Exception as error:  # noqa: BLE001 - whatever ends a replica is what we look for
+            if self._leaving is not node:
+                raise RuntimeError("the replica ended")
+        except Exception as error:
             if self.node is node and not ground.loop.buried:
                 ground.died.append(f"{self.name}: {error!r}")
                 raise
@@ -137,7 +150,16 @@ class ReplicaProcess:
         """An agent dials. Raises TransportClosed."""
         if self.replica is None or self.node is None:
             raise TransportClosed(f"{self.name} refuses the connection")
-        self.node.spawn(_serve(self.replica, ReplicaEnd(pipe)))
+        self.node.spawn(self._serve(self.replica, ReplicaEnd(pipe)))
+
+    async def _serve(self, replica: Replica, end: ReplicaEnd) -> None:
+        """As `services.agents` does it: the stream ends when the handler is done."""
+        try:
+            await replica.sessions.serve(end)
+        except Exception as error:  # noqa: BLE001 - `serve` promises to raise nothing
+            if not self._ground.loop.buried:
+                self._ground.died.append(f"{self.name}, serving an agent: {error!r}")
+        end.end()
 
     async def call(self, method: str, request: Any, timeout: float) -> bytes:
         """A client's call, answered by the production edge. Raises ConnectionError, TimeoutError, BatonError."""
@@ -156,7 +178,7 @@ class ReplicaProcess:
             except Exception as error:  # noqa: BLE001 - travels to the caller
                 links.deliver(self.name, "client", partial(_answer, answer, error))
 
-        links.deliver("client", self.name, lambda: node.spawn(serve()) and None)
+        links.deliver("client", self.name, lambda: node.spawn(serve()))
         async with asyncio.timeout(timeout):
             return await answer
 
@@ -170,14 +192,8 @@ def _answer(future: asyncio.Future[bytes], answer: bytes | Exception) -> None:
         future.set_result(answer)
 
 
-def _nobody_asks(context: object) -> Caller:
+def _nobody_asks(context: object) -> Caller:  # noqa: ARG001 - as the edge calls it
     raise AssertionError("there is no gRPC in here")
-
-
-async def _serve(replica: Replica, end: ReplicaEnd) -> None:
-    """As `services.agents` does it: the stream ends when the handler is done."""
-    await replica.sessions.serve(end)
-    end.end()
 
 
 class SimTransport:
@@ -218,7 +234,7 @@ class SimHost(FakeHost):
         self._node = node
 
     def _arm(self) -> None:
-        self._node.run(lambda: FakeHost._arm(self))
+        self._node.run(super()._arm)
 
     @property
     def frozen(self) -> bool:
@@ -241,7 +257,7 @@ class ClusterProcess:
         self.name, self._ground, self._replicas, self._lease, self._cpus = name, ground, replicas, lease, cpus
         self._drift = drift
         self.clock = drift.clock()
-        self.rng = random.Random(f"{ground.seed}/{name}")
+        self.rng = chance(ground.seed, name)
         self.host = SimHost(Node(f"{name}-host", ground.loop), self.clock, {"sim": script_of})
         self.disk = MemoryDisk()
         self.lives = self.boots = 0
@@ -273,6 +289,11 @@ class ClusterProcess:
         if executor is not None:
             executor.leave()
 
+    def leave(self, *, drain: bool) -> None:
+        """SIGTERM: end in order, leaving work to the next agent, or with `drain` after all work is dead."""
+        if self.agent is not None and self.node is not None:
+            self.node.run(partial(self.agent.stop, drain=drain))
+
     def reboot(self) -> None:
         """Power off: agent, guard and work are dead, the tail of the disk that was not synced is lost. `start` is the boot."""
         self.kill()
@@ -303,7 +324,9 @@ class ClusterProcess:
         )
         try:
             await agent.run()
-        except Exception as error:  # noqa: BLE001 - whatever ends an agent is what we look for
+            if self.node is node:
+                self.kill()
+        except Exception as error:
             if self.node is node and not self._ground.loop.buried:
                 self._ground.died.append(f"{self.name}: {error!r}")
                 raise

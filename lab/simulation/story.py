@@ -31,14 +31,16 @@ def tell(record: Record, violations: Sequence[Violation], revisions: Sequence[Re
     return [f"{at:9.3f}  {text}" for at, _, text in sorted(lines, key=lambda line: line[:2])]
 
 
-def _event(written: Written) -> str:
+def _event(written: Written) -> str:  # noqa: PLR0911 - one sentence per kind of event
     event = written.event
     match event:
         case ev.AttemptsPlaced():
             flags = " hedge" * event.hedge + " overlap" * event.overlap
             pairs = _pairs(event.tasks, event.ns)
             nonce = written.stamp.nonce[:6]
-            return f"{event.run[:6]} placed {pairs} on {event.cluster[:6]} generation {event.generation} ({nonce}){flags}"
+            return (
+                f"{event.run[:6]} placed {pairs} on {event.cluster[:6]} generation {event.generation} ({nonce}){flags}"
+            )
         case ev.AttemptsFinished():
             words = ", ".join(
                 f"{t}.{n} {state.name} {message}".strip()
@@ -63,7 +65,9 @@ def _event(written: Written) -> str:
         case ev.TasksAdded():
             return f"{event.run[:6]} has tasks {', '.join(task.id for task in event.tasks)}"
         case ev.SessionOpened():
-            return f"cluster {event.cluster[:6]} generation {event.generation} opens at {event.replica} ({event.boot_id})"
+            return (
+                f"cluster {event.cluster[:6]} generation {event.generation} opens at {event.replica} ({event.boot_id})"
+            )
         case ev.ClusterLost():
             return f"cluster {event.cluster[:6]} generation {event.generation} is lost: {event.evidence.name}, {event.reason}"
     return str(event)

@@ -20,7 +20,7 @@ from lab.virtual_time import SeededEntropy, VirtualClock
 TRY_SECONDS = 6.0
 """For one try at one replica."""
 
-GIVE_UP = 60.0
+GIVE_UP = 40.0
 """Seconds after which a client stops trying to create or cancel."""
 
 POLL = 4.0
@@ -53,15 +53,13 @@ class Wish:
     named: bool
 
 
-def wishes(rng: random.Random, runs: int, span: float, lifetime: tuple[float, float] = (40.0, 140.0)) -> list[Wish]:
+def wishes(rng: random.Random, runs: int, span: float, lifetime: tuple[float, float] = (30.0, 90.0)) -> list[Wish]:
     """Random runs over `span` seconds."""
     found = []
     for number in range(runs):
         life = rng.uniform(*lifetime) if rng.random() < 0.8 else rng.uniform(6.0, 20.0)
         cancel = rng.uniform(0.5, 30.0) if rng.random() < 0.12 else None
-        found.append(
-            Wish(f"run-{number}", rng.uniform(0.0, span), life, _graph(rng), cancel, named=rng.random() < 0.5)
-        )
+        found.append(Wish(f"run-{number}", rng.uniform(0.0, span), life, _graph(rng), cancel, named=rng.random() < 0.5))
     return sorted(found, key=lambda wish: wish.at)
 
 
@@ -71,7 +69,7 @@ def _graph(rng: random.Random) -> graph_pb2.GraphSpec:
     for index in range(size):
         parents = [f"t{p}" for p in range(index) if rng.random() < min(0.6, 1.6 / max(1, index))]
         failures = rng.choice((0, 0, 0, 0, 1, 2))
-        seconds = rng.choice((0.0, 0.3, 1.0, 3.0, 8.0, 20.0, 40.0)) * rng.uniform(0.5, 1.0)
+        seconds = rng.choice((0.0, 0.3, 1.0, 3.0, 8.0, 20.0, 40.0, 60.0)) * rng.uniform(0.5, 1.0)
         stubborn = int(rng.random() < 0.1)
         task = spec.tasks.add(id=f"t{index}", parents=parents)
         task.process.argv.extend(["sim", f"{seconds:.3f}", str(failures), str(stubborn), f"t{index}"])
@@ -132,7 +130,9 @@ class Client:
                 if run.state >= run_pb2.RUN_STATE_SUCCEEDED:
                     self.final.add(run_id)
 
-    async def _insist(self, method: str, run_id: str, request: run_pb2.CreateRunRequest | run_pb2.CancelRunRequest) -> bytes | None:
+    async def _insist(
+        self, method: str, run_id: str, request: run_pb2.CreateRunRequest | run_pb2.CancelRunRequest
+    ) -> bytes | None:
         until = asyncio.get_running_loop().time() + GIVE_UP
         while asyncio.get_running_loop().time() < until:
             answer = await self._try(method, run_id, request)
@@ -157,10 +157,7 @@ class Client:
             text = f"{word} by {replica.name}: {error.reason} {error.message} (applied: {error.applied})"
             self.said.append(Said(method, run_id, called, loop.time(), ok=False, detail=text))
             return None
-        response = {"CreateRun": run_pb2.CreateRunResponse, "GetRun": run_pb2.GetRunResponse}.get(
-            method, run_pb2.CancelRunResponse
-        )
-        run = response.FromString(answer).run
+        run = _run_of(method, answer)
         number = int(run.etag.rpartition(".")[2] or 0)
         self.said.append(
             Said(method, run_id, called, loop.time(), True, run.uid, int(run.state), number, f"by {replica.name}")
@@ -168,5 +165,16 @@ class Client:
         return answer
 
 
-PASSING = frozenset({"NOT_OWNED", "STORE_UNAVAILABLE", "DRAINING", "TIMED_OUT", "DEADLINE_EXCEEDED", "UNAVAILABLE", "RESTORE_SUSPECTED"})
+def _run_of(method: str, answer: bytes) -> run_pb2.Run:
+    match method:
+        case "CreateRun":
+            return run_pb2.CreateRunResponse.FromString(answer).run
+        case "GetRun":
+            return run_pb2.GetRunResponse.FromString(answer).run
+    return run_pb2.CancelRunResponse.FromString(answer).run
+
+
+PASSING = frozenset(
+    {"NOT_OWNED", "STORE_UNAVAILABLE", "DRAINING", "TIMED_OUT", "DEADLINE_EXCEEDED", "UNAVAILABLE", "RESTORE_SUSPECTED"}
+)
 """Reasons that say nothing about the wish."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from baton.leases import PROFILES
 from control_plane.history import MemoryHistory
 from lab.sim_network import Links
+from lab.simulation.chance import chance
 from lab.simulation.etcd import Revision, SimEtcd
 from lab.simulation.faults import KINDS, Nemesis
 from lab.simulation.nodes import Node, SimLoop
@@ -31,7 +31,7 @@ RHO = 0.08
 SKEW = 0.5
 """Largest wall-clock error of a replica, seconds: what NTP keeps."""
 
-QUIET = 40.0
+QUIET = 35.0
 """Seconds after the last run's end (or healing) until everything must be clean: leases, stops, archives."""
 
 
@@ -42,8 +42,8 @@ class Shape:
     replicas: int = 3
     clusters: int = 4
     cpus: int = 4
-    runs: int = 16
-    harm: float = 75.0
+    runs: int = 20
+    harm: float = 60.0
     """Seconds of faults."""
     faults: tuple[str, ...] = KINDS
     shuffle: bool = True
@@ -55,22 +55,18 @@ class World:
 
     def __init__(self, seed: int, shape: Shape, loop: SimLoop) -> None:
         self.seed, self.shape, self.loop = seed, shape, loop
-        self.rng = random.Random(f"world/{seed}")
+        self.rng = chance("world", seed)
         self.hits: Counter[str] = Counter()
-        links = Links(random.Random(f"links/{seed}"), self.hits)
-        self.ground = Ground(
-            loop, links, SimEtcd(Node("etcd", loop)), MemoryHistory(), self.hits, str(seed)
-        )
+        links = Links(chance("links", seed), self.hits)
+        self.ground = Ground(loop, links, SimEtcd(Node("etcd", loop)), MemoryHistory(), self.hits, str(seed))
         links.nodes["client"] = Node("client", loop)
-        self.replicas = [
-            ReplicaProcess(f"r{n}", self.ground, self._drift(SKEW)) for n in range(shape.replicas)
-        ]
+        self.replicas = [ReplicaProcess(f"r{n}", self.ground, self._drift(SKEW)) for n in range(shape.replicas)]
         lease = PROFILES["fast"]
         self.clusters = [
             ClusterProcess(f"c{n}", self.ground, self._drift(20.0), self.replicas, lease, shape.cpus)
             for n in range(shape.clusters)
         ]
-        self.client = Client(random.Random(f"client/{seed}"), str(seed), self.replicas)
+        self.client = Client(chance("client", seed), str(seed), self.replicas)
         self.nemesis = Nemesis(self)
         loop.set_exception_handler(self._unhandled)
 
@@ -91,11 +87,11 @@ class World:
     async def run(self) -> Record:
         """Live."""
         shape, loop = self.shape, self.loop
-        for process in (*self.replicas, *self.clusters):
-            loop.call_later(self.rng.uniform(0.0, 2.0), process.start)
+        for start in [process.start for process in self.replicas] + [process.start for process in self.clusters]:
+            loop.call_later(self.rng.uniform(0.0, 2.0), start)
         work = [
             loop.create_task(self.client.fulfil(wish))
-            for wish in wishes(random.Random(f"wishes/{self.seed}"), shape.runs, shape.harm * 0.8)
+            for wish in wishes(chance("wishes", self.seed), shape.runs, shape.harm * 0.8)
         ]
         nemesis = loop.create_task(self.nemesis.run(shape.harm))
         await asyncio.sleep(shape.harm)
@@ -104,8 +100,7 @@ class World:
         healed = loop.time()
         left: list[str] = []
         bound = max([healed, *self.client.deadlines.values(), 0.0]) + QUIET
-        while not all(task.done() for task in work) and loop.time() < bound:
-            await asyncio.sleep(1.0)
+        await asyncio.wait(work, timeout=bound - loop.time())
         left += [f"run {run} is not final for its client" for run in sorted(self.client.created - self.client.final)]
         for task in work:
             task.cancel()
@@ -161,30 +156,17 @@ class Outcome:
 def simulate(seed: int, shape: Shape | None = None) -> Outcome:
     """Run one seed from beginning to end. Raises Deadlock, Spinning."""
     shape = shape or Shape()
-    loop = SimLoop(random.Random(f"order/{seed}") if shape.shuffle else None)
+    loop = SimLoop(chance("order", seed) if shape.shuffle else None)
     asyncio.set_event_loop(loop)
     try:
         world: World = loop.run_until_complete(_make(seed, shape, loop))
         record = loop.run_until_complete(world.run())
         return Outcome(seed, record, world.hits, loop.turns, world.ground.etcd.recorded.record)
     finally:
-        _bury(loop)
+        loop.bury()
         asyncio.set_event_loop(None)
         loop.close()
 
 
 async def _make(seed: int, shape: Shape, loop: SimLoop) -> World:
     return World(seed, shape, loop)
-
-
-def _bury(loop: SimLoop) -> None:
-    """Cancel what is left, the tasks of dead nodes too."""
-    loop.buried = True
-    for node in loop.nodes:
-        node.bury()
-    left = {*loop.graveyard, *(task for task in asyncio.all_tasks(loop) if not task.done())}
-    for task in sorted(left, key=hash):
-        task.cancel()
-    if left:
-        loop.run_until_complete(asyncio.wait(left, timeout=60.0))
-    loop.run_until_complete(loop.shutdown_asyncgens())

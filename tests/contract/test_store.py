@@ -488,6 +488,21 @@ async def test_a_restore_rewinds_and_a_bump_does_not(world: StoreWorld, store: S
         await store.range("", timeout=T, revision=kept.revision)
 
 
+async def test_a_watch_that_is_ahead_of_a_restored_store_ends(world: StoreWorld, store: Store) -> None:
+    await run(store, Put("a", b"kept"))
+    world.back_up()
+    for n in range(10):
+        await run(store, Put("a", b"lost %d" % n))
+    lost = await run(store, Put("a", b"lost too"))
+    watch = store.watch("a", from_revision=lost.revision + 1)
+    waiting = asyncio.create_task(events(watch, 1))
+    await asyncio.sleep(0.1)
+    world.restore()
+    with pytest.raises(Compacted):
+        await asyncio.wait_for(waiting, T)
+    await close(watch)
+
+
 async def _get_again(store: Store, key: str) -> tuple[KeyValue, int]:
     kv, revision = await store.get(key, timeout=T)
     assert kv is not None

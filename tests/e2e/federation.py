@@ -25,8 +25,9 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 from baton.client import AsyncClient
 from baton.clock import SystemClock
@@ -36,6 +37,7 @@ from control_plane.store.versions import Support
 from lab import processes
 from lab.federation import Federation
 from lab.layout import ETCD, Layout, Settings
+from lab.parts import Part
 from lab.processes import Identity
 
 SUCCEEDED = run_pb2.RUN_STATE_SUCCEEDED
@@ -156,7 +158,7 @@ class Effects:
         for task, copies in by_task.items():
             fences = [tuple(map(int, each.fence.split("."))) for each in copies]
             assert fences == sorted(set(fences)), f"{task}: a fence was used twice or went back: {copies}"
-            for earlier, later in zip(copies, copies[1:], strict=False):
+            for earlier, later in pairwise(copies):
                 assert task[1] in hedged or earlier.last < later.first, f"{task}: two at once: {earlier} and {later}"
 
 
@@ -251,7 +253,13 @@ class Fed:
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
-    async def eventually(self, see: Callable[[], Found | Awaitable[Found]], what: str, seconds: float = SOON) -> Found:
+    @overload
+    async def eventually(self, see: Callable[[], Awaitable[Found]], what: str, seconds: float = SOON) -> Found: ...
+
+    @overload
+    async def eventually(self, see: Callable[[], Found], what: str, seconds: float = SOON) -> Found: ...
+
+    async def eventually(self, see: Callable[[], Any], what: str, seconds: float = SOON) -> Any:
         """Wait until `see` (plain or async) gives something true, and return it."""
         deadline = CLOCK.boot() + seconds
         while True:
@@ -362,7 +370,7 @@ async def federation(
         _tell(lab)
         raise
     finally:
-        for watcher in fed._watchers if fed else ():
+        for watcher in fed._watchers if fed is not None else ():
             await watcher.stop()
         await lab.stop()
         left = [each for each in born if each.alive]
@@ -371,7 +379,7 @@ async def federation(
             assert not fed.effects.living(), "a workload outlived its federation"
 
 
-def _parts(lab: Federation) -> list[object]:
+def _parts(lab: Federation) -> list[Part]:
     return [lab.part(name) for name in (ETCD, *lab.settings.replica_names, *lab.settings.clusters)]
 
 

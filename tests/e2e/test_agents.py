@@ -61,7 +61,9 @@ async def test_f5_f8_a_frozen_agents_work_is_dead_before_its_copy_starts_and_its
         await fed.lab.freeze("eu")
         fed.open_gate("brief")
         await fed.eventually(lambda: fed.effects.copies("brief")[0].ended, "brief to end while nobody can tell")
-        await fed.eventually(lambda: not endless.alive, "the guard to end what nobody renews", FAST.fence + FAST.kill + 30)
+        await fed.eventually(
+            lambda: not endless.alive, "the guard to end what nobody renews", FAST.fence + FAST.kill + 30
+        )
         dead = CLOCK.boot()
         heard = await last_heartbeat(fed, "eu")
         await fed.running(run, "endless", attempt=2, patience=RECOVERY)
@@ -125,7 +127,10 @@ async def test_g4_work_dies_with_its_guard_and_is_told_so(fed_here: MakeFederati
     async with fed_here(clusters=("eu",)) as fed:
         # One application attempt each: a loss must not be counted as one. A report by the same journal lets even `wait`
         # work be run again (F7). `dear` bears one loss, the others ten.
-        tasks = [fed.gated("plain", "go", max_attempts=1), fed.gated("waits", "go", max_attempts=1, on_cluster_lost=WAIT)]
+        tasks = [
+            fed.gated("plain", "go", max_attempts=1),
+            fed.gated("waits", "go", max_attempts=1, on_cluster_lost=WAIT),
+        ]
         run = (await fed.run("guarded", tasks)).name
         dear = (await fed.run("dear", [fed.gated("dear", "go", max_losses=1)])).name
         generation = (await fed.client.get_cluster("clusters/eu")).generation

@@ -86,7 +86,9 @@ async def test_f7_a_cluster_that_is_cut_off_each_policy_does_what_it_says(fed_he
 
 
 @pytest.mark.timeout(240)
-async def test_s6_a_cluster_without_power_says_by_another_boot_id_that_its_work_is_dead(fed_here: MakeFederation) -> None:
+async def test_s6_a_cluster_without_power_says_by_another_boot_id_that_its_work_is_dead(
+    fed_here: MakeFederation,
+) -> None:
     async with fed_here(clusters=("eu", "us")) as fed:
         tasks = [
             fed.gated("reruns", "end"),

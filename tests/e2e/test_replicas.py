@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pytest
 
@@ -15,6 +17,8 @@ from control_plane.core.model import FLEET
 from lab.parts import Replica
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.federation import CLOCK, Fed
+
+Item = TypeVar("Item")
 
 LEASE_SECONDS = 5.0
 """The replicas' lease: the default (O1)."""
@@ -107,8 +111,8 @@ def _outcome(task: run_pb2.TaskStatus) -> tuple[bytes, str]:
     return task.result, fences[0]
 
 
-async def _all(items: object) -> list[object]:
-    return [each async for each in items]  # type: ignore[attr-defined]
+async def _all(items: AsyncIterator[Item]) -> list[Item]:
+    return [each async for each in items]
 
 
 # -- rolling restart ---------------------------------------------------------------------------------------------------

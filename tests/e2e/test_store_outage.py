@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
 
@@ -28,7 +29,7 @@ async def test_a_run_completes_over_the_death_of_etcd(fed_here: MakeFederation) 
         run = await fed.run("story", [*chains, fed.gated("gated", "go"), fed.quick("last", after=["gated"])])
         watcher = fed.watch(run.name)
         for done in (3, 10, 16):
-            await fed.eventually(lambda n=done: fed.effects.copies(f"link-0-{n}"), f"link {done}")  # type: ignore[misc]
+            await fed.eventually(partial(fed.effects.copies, f"link-0-{done}"), f"link {done}")
             await fed.lab.kill(ETCD)
             await fed.lab.start_again(ETCD)
         (gated,) = fed.effects.copies("gated")

@@ -17,6 +17,7 @@ from cluster_agent.agent import Agent
 from cluster_agent.config import AgentConfig
 from cluster_agent.core.capacity import NodeSpec
 from cluster_agent.disk import MemoryDisk
+from cluster_agent.executors.base import AttemptKey, StartRequest
 from cluster_agent.executors.fake import FakeExecutor, FakeHost
 from cluster_agent.transport import Stream, TransportClosed
 
@@ -37,11 +38,14 @@ class ScriptedStream:
         self.changed = asyncio.Event()
         self.closed = False
         self.answering = True
+        self.seconds_each = 0.0
 
     async def send(self, messages: Sequence[agent_pb2.SessionRequest]) -> None:
         if self.closed:
             raise TransportClosed("closed")
         for message in messages:
+            if self.seconds_each:
+                await asyncio.sleep(self.seconds_each)
             self.heard.append(message)
             if self.answering and message.HasField("heartbeat"):
                 self.say(heartbeat_ack=agent_pb2.HeartbeatAck(seq=message.heartbeat.seq, server_wall_ms=1_000_000))
@@ -134,16 +138,19 @@ class Site:
         self.disk = MemoryDisk()
         self.transport = ScriptedTransport()
         self.boot_id = "boot-1"
+        self.executor: Callable[[FakeHost], FakeExecutor] = FakeExecutor
 
     @asynccontextmanager
-    async def agent(self, lease: LeaseValues = LEASE) -> AsyncIterator[Agent]:
-        config = AgentConfig("eu", ("memory",), Path("unused"), (NodeSpec(2000),), lease=lease, drain_seconds=5)
+    async def agent(self, lease: LeaseValues = LEASE, *, drain_seconds: float = 5) -> AsyncIterator[Agent]:
+        config = AgentConfig(
+            "eu", ("memory",), Path("unused"), (NodeSpec(2000),), lease=lease, drain_seconds=drain_seconds
+        )
         agent = Agent(
             config,
             self.clock,
             SystemEntropy(),
             self.transport,
-            FakeExecutor(self.host),
+            self.executor(self.host),
             self.disk,
             boot_id=self.boot_id,
         )
@@ -430,13 +437,26 @@ async def test_g2_what_waits_for_a_dead_guards_work_starts_at_the_next_guard(sit
         assert not any(message.reports.rejected for message in stream.heard)
 
 
+async def test_s5_no_goodbye_is_said_while_work_may_live(site: Site) -> None:
+    async with site.agent(drain_seconds=0.3) as agent:
+        stream = await site.transport.accept()
+        stream.dispatch(0, "fake", "--seconds", "30")
+        await eventually(lambda: len(site.host.living()) == 1)
+        site.host.freeze_guard()
+        agent.stop(drain=True)
+        await eventually(lambda: stream.closed)
+    assert len(site.host.living()) == 1
+    assert not any(message.HasField("goodbye") for message in stream.heard)
+
+
 async def test_s5_after_a_goodbye_no_session_is_opened_again(site: Site) -> None:
     async with site.agent() as agent:
         stream = await site.transport.accept()
         await stream.hear(lambda message: message.HasField("heartbeat"))
         agent.stop(drain=True)
         await stream.hear(lambda message: message.HasField("goodbye"))
-        assert not stream.closed  # ours would overtake the goodbye
+        await asyncio.sleep(0.2)
+        assert not stream.closed  # our end could overtake the goodbye
         stream.say(refusal=agent_pb2.Refusal(reason="GENERATION_ENDED", message="goodbye"))
         await eventually(lambda: stream.closed)
     assert site.transport.streams.empty()
@@ -452,3 +472,87 @@ async def test_f5_an_agent_without_its_journal_cannot_stretch_the_lease_of_what_
     async with site.agent(PROFILES["patient"]):
         await asyncio.sleep(LEASE.fence + LEASE.kill)
         assert site.host.living() == []
+
+
+class JournalReader(FakeExecutor):
+    """What stood in the journal, and what of it would survive a power cut, when the executor was called."""
+
+    def __init__(self, host: FakeHost, disk: MemoryDisk) -> None:
+        super().__init__(host)
+        self._journal = disk
+        self.at_start: list[bytes] = []
+        self.at_stop: list[bytes] = []
+
+    async def start(self, requests: Sequence[StartRequest]) -> None:
+        self.at_start.append(self._journal.read("journal") or b"")
+        await super().start(requests)
+
+    async def stop(self, keys: Sequence[AttemptKey], *, grace_seconds: float) -> None:
+        self._journal.crash()
+        self.at_stop.append(self._journal.read("journal") or b"")
+        await super().stop(keys, grace_seconds=grace_seconds)
+
+
+async def test_f4_a_start_is_in_the_journal_before_the_executor_hears_of_it_and_a_stop_is_even_synced(
+    site: Site,
+) -> None:
+    reader = JournalReader(site.host, site.disk)
+    site.executor = lambda _host: reader
+    async with site.agent():
+        stream = await site.transport.accept()
+        stream.dispatch(0, "fake", "--seconds", "30")
+        await eventually(lambda: len(reader.at_start) == 1)
+        assert b'"t":"starting","key":"run.0.1.nonce"' in reader.at_start[0]
+        stream.say(stops=agent_pb2.Stops(shard="s0", epoch=EPOCH, attempts=[ref(0)]))
+        await eventually(lambda: len(reader.at_stop) == 1)
+        assert b'"t":"epoch","shard":"s0"' in reader.at_stop[0]
+        assert b'"t":"tombstoned","key":"run.0.1.nonce"' in reader.at_stop[0]
+
+
+async def test_f4_a_start_that_the_journal_did_not_take_waits_for_it_and_then_happens_once(site: Site) -> None:
+    async with site.agent():
+        stream = await site.transport.accept()
+        await stream.hear(lambda message: message.HasField("heartbeat"))
+        await asyncio.sleep(0.1)
+        site.disk.capacity = 0
+        stream.dispatch(0, "fake", "--seconds", "30")
+        await asyncio.sleep(0.4)
+        assert site.host.living() == []
+        assert not any(message.HasField("receipt") for message in stream.heard)
+        site.disk.capacity = None
+        await eventually(lambda: len(site.host.living()) == 1)
+        assert b'"t":"starting"' in (site.disk.read("journal") or b"")
+        assert len(site.host.intervals) == 1
+
+
+async def test_f5_heartbeats_overtake_what_waits_for_a_slow_stream(site: Site) -> None:
+    async with site.agent():
+        stream = await site.transport.accept()
+        await stream.hear(lambda message: message.HasField("heartbeat"))
+        stream.seconds_each = 0.02
+        for number in range(1, 101):  # each is answered with a receipt: two seconds of them
+            stream.say(dispatches=agent_pb2.Dispatches(shard="s0", epoch=EPOCH, generation=1, dispatch_no=number))
+        await stream.hear(lambda message: message.receipt.dispatch_no == 100)
+        assert not stream.closed
+        assert site.transport.streams.empty()
+
+
+class Impatient(SystemClock):
+    """Does not wait out what is longer than 30 s, but takes note."""
+
+    def __init__(self) -> None:
+        self.long: list[float] = []
+
+    async def sleep(self, seconds: float) -> None:
+        if seconds > 30:
+            self.long.append(seconds)
+        await super().sleep(0.01 if seconds > 30 else seconds)
+
+
+async def test_a_refusal_cannot_send_an_agent_away_for_good(site: Site) -> None:
+    clock = site.clock = Impatient()
+    async with site.agent():
+        stream = await site.transport.accept()
+        stream.say(refusal=agent_pb2.Refusal(reason="DRAINING", message="no", retry_after_ms=10**12))
+        await site.transport.accept(resumed=True)
+    assert max(clock.long) < 62

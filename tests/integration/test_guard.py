@@ -34,6 +34,7 @@ from cluster_agent.executors.base import (
     Stopped,
 )
 from cluster_agent.executors.process import ProcessExecutor
+from cluster_agent.guard import proctree
 from cluster_agent.guard.ledger import SEGMENT, Ledger, LedgerCorrupt
 from tests.contract.executor_worlds import end_guards
 
@@ -404,6 +405,38 @@ async def test_a_directory_left_by_a_crash_before_the_start_was_recorded_bars_no
     assert (await bench.exit_of(executor, request.key)).succeeded
     assert await executor.read_log(request.key, 0, 100) == (b"", True)
     await eventually(lambda: not list((bench.directory / "trash").iterdir()))
+
+
+async def test_g4_work_dies_with_its_guard_though_its_keeper_is_stopped(bench: Bench) -> None:
+    """What makes `orphan_killer` a promise: the kernel does it, no process of ours has to run for it."""
+    executor = await bench.agent()
+    assert executor.features().orphan_killer == ("PID namespaces" in executor.features().detail)
+    request = bench.request("sleep", "60")
+    await executor.start([request])
+    await bench.until(executor, Started, request.key)
+    if executor.features().orphan_killer:
+        [workload] = bench.living()
+        process = proctree.read(workload)
+        assert process is not None
+        os.kill(process.ppid, signal.SIGSTOP)
+    os.kill(executor.guard_pid, signal.SIGKILL)
+    await eventually(lambda: not bench.living())
+
+
+async def test_g3_what_was_not_carried_out_is_void_before_a_new_connections_census(bench: Bench) -> None:
+    first = await bench.agent()
+    request = bench.request("sleep", "60")
+    os.kill(first.guard_pid, signal.SIGSTOP)
+    await first.start([request])
+    joining = asyncio.create_task(bench.agent())
+    await bench.clock.sleep(0.3)
+    os.kill(first.guard_pid, signal.SIGCONT)
+    second = await joining
+    await bench.clock.sleep(0.3)
+    assert request.key not in bench.census
+    assert bench.living() == set()
+    await second.start([request])  # void is not refused: it never was asked
+    await bench.until(second, Started, request.key)
 
 
 async def test_few_open_files_are_a_limit_said_in_words_and_never_the_guards_end(bench: Bench) -> None:

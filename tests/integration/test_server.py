@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
-import ipaddress
 import json
 import signal
 import subprocess
@@ -18,10 +16,6 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton.client import AsyncClient
@@ -38,6 +32,7 @@ from control_plane.store.keeper import TaskLeaseKeeper
 from control_plane.store.memory import MemoryEtcd, MemoryStore
 from control_plane.tls import Reloader
 from lab.etcd_server import EtcdServer
+from tests.certificates import Authority
 from tests.integration.replicas import CLOCK, rig, spec, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -192,52 +187,6 @@ async def test_health_says_not_serving_before_the_replica_leaves() -> None:
 # -- mutual TLS ---------------------------------------------------------------------------------------------------------------
 
 
-class Authority:
-    """A CA, and certificates in files. (trustme makes no URI names, so the library under it is asked.)"""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"test authority {directory.name}")])
-        basics = x509.BasicConstraints(ca=True, path_length=0)
-        self._cert = self._build(name, name, self._key.public_key()).add_extension(basics, critical=True)
-        self._signed = self._cert.sign(self._key, hashes.SHA256())
-
-    def issue(self, name: str, *identities: str) -> TlsPaths:
-        """Files of a certificate for hosts, addresses and URIs."""
-        paths = TlsPaths(*(self._directory / f"{name}.{end}" for end in ("cert", "key", "ca")))
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        names = x509.SubjectAlternativeName([_general(identity) for identity in identities])
-        cert = self._build(subject, self._signed.subject, key.public_key()).add_extension(names, critical=False)
-        pem = serialization.Encoding.PEM
-        plain = serialization.NoEncryption()
-        paths.key.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-        paths.cert.write_bytes(cert.sign(self._key, hashes.SHA256()).public_bytes(pem))
-        paths.ca.write_bytes(self._signed.public_bytes(pem))
-        return paths
-
-    @staticmethod
-    def _build(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-        now = datetime.datetime.now(datetime.UTC)
-        return x509.CertificateBuilder(
-            issuer_name=issuer,
-            subject_name=subject,
-            public_key=key,
-            serial_number=x509.random_serial_number(),
-            not_valid_before=now - datetime.timedelta(hours=1),
-            not_valid_after=now + datetime.timedelta(hours=1),
-        )
-
-
-def _general(identity: str) -> x509.GeneralName:
-    if "://" in identity:
-        return x509.UniformResourceIdentifier(identity)
-    if identity.replace(".", "").isdigit():
-        return x509.IPAddress(ipaddress.ip_address(identity))
-    return x509.DNSName(identity)
-
-
 @dataclass
 class Secured:
     """A replica under TLS, and its authority."""
@@ -271,6 +220,7 @@ async def secured(tmp_path: Path) -> AsyncIterator[Secured]:
     await server.start(replica)
     await replica.ready()
     await server.serving()
+    await until(lambda: "fleet" in replica.controller.owned())  # ready means: takes part; shards are taken after it
     yield Secured(server.address, authority, files)
     await replica.kill()
     await server.stop(0)

@@ -32,6 +32,7 @@ from cluster_agent.core.machine import AgentMachine
 from cluster_agent.core.model import AgentState, AttemptKey, Demand, Ended, Epoch, Mark, Outcome, Phase, WorkSpec
 from cluster_agent.core.outbox import RESEND_SECONDS
 from cluster_agent.core.records import (
+    Booted,
     EpochRaised,
     Finished,
     Forgotten,
@@ -298,6 +299,14 @@ def test_f5_the_lease_counts_from_the_send_time_of_this_generations_heartbeats()
     assert started(world.dispatch(0)) == [0]
     world.ack(sent=world.now - F + 1)  # an older one does not shorten it
     assert started(world.dispatch(1)) == [1]
+    assert none(world.step(after=F - 0.1), DropStream)
+    assert not none(world.step(after=0.1), DropStream)
+
+
+def test_f5_an_acknowledgement_of_another_stream_renews_nothing() -> None:
+    world = World()
+    world.session(resumed=True)
+    assert none(world.step(on.HeartbeatAcked(world.stream - 1, 1, world.now, 1)), RenewLease)
 
 
 def test_f5_without_any_acknowledgement_f_counts_from_the_opening_of_the_stream() -> None:
@@ -333,6 +342,26 @@ def test_s6_an_adoption_confirmed_before_the_stream_broke_is_not_forgotten() -> 
     world.step(on.Adopted(world.stream, "s0", EPOCH, None, 2, (key(0),)))
     world.session(generation=2, resumed=True)
     assert the(world.ack(generation=2), AdoptWork) == AdoptWork((key(0),), 2)
+
+
+def test_s6_an_adoption_on_disk_of_which_the_executor_was_not_told_is_told_after_a_restart() -> None:
+    first = World()
+    first.dispatch(0)
+    first.session(generation=2)
+    first.step(on.Adopted(first.stream, "s0", EPOCH, None, 2, (key(0),)))
+    state = AgentState("j")
+    for record in first.records:
+        apply(state, record)
+    again = World(state=state, leased=False)
+    again.step(on.Census({key(0): 1}, ()))
+    again.session(generation=2, resumed=True)
+    assert the(again.ack(generation=2), AdoptWork) == AdoptWork((key(0),), 2)
+
+
+def test_s6_another_boot_id_is_on_disk_before_anything_else() -> None:
+    step = AgentMachine(AgentState("j", "boot"), [NodeSpec(1000)], fence_seconds=F).restore("another")
+    assert step.records == [Booted("another")]
+    assert step.durable
 
 
 def test_s6_without_adoption_work_keeps_its_old_generation() -> None:
@@ -463,6 +492,17 @@ def test_j7_an_acknowledgement_of_an_older_report_does_not_settle_a_newer_fact()
     assert the(world.settle(0), ForgetWork).keys == (key(0),)
 
 
+def test_j7_a_fact_that_was_never_told_is_not_forgotten_with_an_older_report() -> None:
+    world = World()
+    world.dispatch(0)
+    world.step(on.WorkEnded(key(0), ENDED))
+    world.stop(0)
+    late = on.ReportsSettled(world.stream, "s0", EPOCH, None, (key(0),))  # of the report that it had ended
+    step = world.step(on.WorkStopped(key(0)), late)
+    assert none(step, ForgetWork)
+    assert the(step, SendReports).stopped == (key(0),)
+
+
 def test_j7_a_dispatch_of_what_ended_is_answered_with_its_report() -> None:
     world = World()
     world.dispatch(0)
@@ -518,6 +558,13 @@ def test_c4_vitals_name_the_last_dispatch_without_a_gap() -> None:
     assert world.machine.vitals().included == (("s0", EPOCH, 1),)
     assert the(world.dispatch(2, number=2), SendReceipt).dispatch_no == 2
     assert world.machine.vitals().attempts == 3
+
+
+def test_c4_a_stream_begins_with_1_so_a_lost_first_dispatch_is_never_receipted() -> None:
+    world = World()
+    assert the(world.dispatch(1, number=2), SendReceipt).dispatch_no == 0
+    assert the(world.dispatch(0, number=1), SendReceipt).dispatch_no == 1
+    assert the(world.dispatch(1, number=2), SendReceipt).dispatch_no == 2
 
 
 def test_d1_the_deadline_is_mapped_by_the_last_answered_heartbeat() -> None:

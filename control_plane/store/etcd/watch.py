@@ -80,7 +80,12 @@ class EtcdWatch:
                         raise Compacted(message.compact_revision)
                     raise WireError(grpc.StatusCode.UNAVAILABLE, message.cancel_reason or "canceled")
                 if message.created:
-                    continue  # its header speaks of the store, not of what was delivered
+                    # Its header speaks of the store, not of what was delivered. A store that is not yet where we were
+                    # has been restored from a backup (PROTOCOL J12) and would keep us waiting for revisions that are
+                    # other changes by then; or it is a member that lags, and listing again does no harm.
+                    if message.header.revision < wanted - 1:
+                        raise Compacted(message.header.revision)
+                    continue
                 # An old revision can come again after a reconnect; it was delivered then.
                 new = (codec.event(item, self._strip) for item in message.events if item.kv.mod_revision >= wanted)
                 events.extend(new)

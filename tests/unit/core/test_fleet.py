@@ -83,13 +83,17 @@ class Told:
         return self.fleet.table().clusters[f"u-{name}"].generations
 
 
+def granted(generation: int, *, resumed: bool) -> SessionGrant:
+    return SessionGrant("u-eu", generation, resumed, "fast", 20.0)
+
+
 @pytest.fixture
 def told() -> Told:
     return Told()
 
 
 def test_s1_first_hello_adds_the_cluster_and_opens_generation_1(told: Told) -> None:
-    assert told.open() == SessionGrant("u-eu", 1, resumed=False)
+    assert told.open() == granted(1, resumed=False)
     assert [type(event).__name__ for event in told.events] == ["ClusterAdded", "SessionOpened"]
     facts = told.fleet.table().clusters["u-eu"]
     assert (facts.name, facts.health, facts.admission, facts.create_wall) == (
@@ -110,13 +114,13 @@ def test_s1_second_living_instance_is_refused(told: Told) -> None:
 
 def test_s6_same_boot_and_journal_resume(told: Told) -> None:
     told.open()
-    assert told.open(instance="i2", replica="r2") == SessionGrant("u-eu", 1, resumed=True)
+    assert told.open(instance="i2", replica="r2") == granted(1, resumed=True)
     assert told.events == []
 
 
 def test_s6_another_boot_of_the_same_host_ends_at_once_and_opens_the_next_in_one_batch(told: Told) -> None:
     told.open()
-    assert told.open(boot_id="boot2") == SessionGrant("u-eu", 2, resumed=False)
+    assert told.open(boot_id="boot2") == granted(2, resumed=False)
     lost, opened = told.events
     assert isinstance(lost, ev.ClusterLost)
     assert (lost.generation, lost.evidence) == (1, Evidence.REPORTED)
@@ -130,7 +134,7 @@ def test_s6_another_journal_waits_for_its_loss_whatever_its_boot_id(told: Told, 
     stranger = replace(HELLO, journal_uid="journal2", boot_id=boot, instance="i2")
     assert told.refused(stranger) == "GENERATION_ENDING"
     told.lose()
-    assert told(stranger) == SessionGrant("u-eu", 2, resumed=False)
+    assert told(stranger) == granted(2, resumed=False)
 
 
 def test_s5_a_generation_ends_exactly_once(told: Told) -> None:
@@ -151,7 +155,7 @@ def test_s5_no_generation_number_is_ever_used_again(told: Told) -> None:
 
 def test_j12_an_agent_ahead_of_this_history_gets_a_new_generation_and_no_proof(told: Told) -> None:
     told.open()
-    assert told.open(last_generation=5) == SessionGrant("u-eu", 6, resumed=False)
+    assert told.open(last_generation=5) == granted(6, resumed=False)
     assert told.generations()[0].evidence is Evidence.NONE
 
 
@@ -196,15 +200,18 @@ def test_s3_suspect_and_back_is_idempotent_and_only_for_the_living_generation(to
     assert told.fleet.table().clusters["u-eu"].health is Health.LOST
 
 
-def test_s8_lease_values_change_only_with_a_generation(told: Told) -> None:
-    told.open()
-    patient = replace(HELLO, profile="patient", lost_seconds=540.0, guard_seconds=60.0)
-    assert told.refused(patient) == "GENERATION_ENDING", "its F would outlive the L and G that owners wait"
-    assert told.open(profile="hasty", lost_seconds=10.0, guard_seconds=5.0).resumed, "a shorter F is safe"
+def test_s8_a_resumed_session_is_told_the_lease_of_its_generation(told: Told) -> None:
+    """F5: an agent that lived by another F than fleet and owners wait for could run beside a copy of its work."""
+    first = told.open()
+    assert (first.profile, first.recovery_seconds) == ("fast", 20.0)
+    longer = told.open(profile="patient", lost_seconds=540.0, guard_seconds=60.0)
+    shorter = told.open(profile="hasty", lost_seconds=10.0, guard_seconds=5.0)
+    assert longer == shorter == replace(first, resumed=True)
     (session,) = told.fleet.live()
     assert (session.profile, session.lost_seconds, told.generations()[-1].guard_seconds) == ("fast", 15.0, 5.0)
     told.lose()
-    told.open(profile="patient", lost_seconds=540.0, guard_seconds=60.0)
+    second = told.open(profile="patient", lost_seconds=540.0, guard_seconds=60.0)
+    assert (second.resumed, second.profile, second.recovery_seconds) == (False, "patient", 600.0)
     (session,) = told.fleet.live()
     assert (session.profile, session.lost_seconds) == ("patient", 540.0)
     assert [g.guard_seconds for g in told.generations()] == [5.0, 60.0]

@@ -410,3 +410,10 @@ def test_over_rounds_each_namespace_gets_its_weighted_share(weights: list[float]
     for i, weight in enumerate(weights):
         share = weight / sum(weights)
         assert used[f"n{i}"] == pytest.approx(share * used.total(), abs=0.03 * used.total() + 5 * len(weights))
+
+
+def test_c4_memory_that_an_agent_does_not_account_for_bounds_nothing() -> None:
+    need = need_of(Resources(cpu_millis=1000, memory_bytes=1 << 30))
+    unaccounted, exhausted = Shape(1, 4000, 0), Shape(1, 4000, 0, total_memory_bytes=8 << 30)
+    assert Room([unaccounted]).fit(need) == 4
+    assert Room([exhausted]).fit(need) == 0

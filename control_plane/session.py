@@ -1,0 +1,68 @@
+"""One agent's stream and the session it serves, as values (PROTOCOL S1, S2). What is done with them: `sessions.py`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from baton.leases import LeaseValues
+from baton.v1 import agent_pb2 as pb
+
+
+class StreamClosed(Exception):
+    """The agent's stream ended."""
+
+
+class AgentStream(Protocol):
+    """One agent's stream, as its adapter offers it."""
+
+    peer_cluster: str | None
+    """Cluster name in the peer's certificate; None on plain loopback."""
+
+    async def receive(self) -> pb.SessionRequest:
+        """The next message. Raises StreamClosed."""
+        ...
+
+    def send(self, message: pb.SessionResponse) -> bool:
+        """Queue a message; False if the queue is full (the caller ends the stream)."""
+        ...
+
+
+@dataclass(slots=True)
+class Session:
+    """A live stream of a generation."""
+
+    cluster: str
+    name: str
+    generation: int
+    stream_id: str
+    """Sorts by age among the streams of its cluster."""
+    stream: AgentStream
+    hello: pb.Hello
+    owner_value: bytes
+    inventories: dict[str, pb.ShardInventory]
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    telling: set[str] = field(default_factory=set)
+    """Shards whose owner is being told the inventory."""
+
+
+class Refuse(Exception):
+    """The session cannot go on."""
+
+    def __init__(self, reason: str, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.reason, self.message, self.retry_after = reason, message, retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class SessionsConfig:
+    """What the composition root tells."""
+
+    federation_uid: str
+    leases: Callable[[str], LeaseValues]
+    """Profile name -> values; raises KeyError."""
+    check_marks: Callable[[list[pb.ShardMark], str], Awaitable[bool]]
+    """PROTOCOL J12: True if the marks show that the store was restored (and it is said so in the store)."""

@@ -1,0 +1,141 @@
+"""etcd comes back from a backup under a fleet that remembers more than it does (PROTOCOL J12; F1, F8)."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from baton.client import AsyncClient
+from baton.errors import BatonError, NotFound
+from baton.v1 import graph_pb2
+from control_plane.core.model import ALL_SHARDS
+from control_plane.store import keys
+from control_plane.store.etcd import EtcdStore
+from lab.layout import ETCD
+from lab.parts import Store
+from tests.e2e.conftest import MakeFederation
+from tests.e2e.federation import CLOCK, Fed
+
+QUIET = 12.0
+"""Seconds during which nothing may be placed: longer than a grant's life, a hand-over or a fence of profile `fast` takes."""
+
+GAP = 300
+"""Commits that the backup misses: more than the federation makes by itself while the test goes on after the restore."""
+
+Epoch = tuple[str, int, int]
+"""Shard, incarnation, create_revision of the taking: what agents know an owner by (J12)."""
+
+
+@pytest.mark.timeout(240)
+async def test_nothing_is_placed_after_a_restore_until_an_operator_says_so(fed_here: MakeFederation) -> None:
+    async with fed_here(clusters=("eu", "us")) as fed:
+        await fed.eventually(fed.balanced, "both replicas to have their shards")
+        seen = await _epochs(fed)
+        before = await fed.run("before", [fed.gated("kept", "kept"), fed.quick("child", after=["kept"]), _twice(fed)])
+        await fed.eventually(lambda: len(fed.effects.living(run=before.name)) == 2, "the work of `before`")
+
+        backup = fed.directory / "backup.db"
+        said = await fed.cli("admin", "backup", str(backup))
+        assert said.returncode == 0, said.stderr
+        seen |= await _what_the_backup_misses(fed, before.name)
+
+        await fed.lab.kill(ETCD)
+        fed.open_gate("kept")  # `child` can be placed as soon as somebody places
+        await fed.eventually(lambda: fed.effects.copies("kept")[0].ended, "`kept` to end while the store is away")
+        started = len(fed.effects.copies())
+        await _restore(fed, backup)
+        await fed.eventually(lambda: _suspected(fed), "the restore to be noticed")
+        seen |= await _epochs(fed)
+        during = graph_pb2.GraphSpec(tasks=[fed.quick("one")])
+        async with AsyncClient(fed.lab.endpoints, timeout=5.0) as client:
+            with pytest.raises(BatonError, match="restored"):
+                await client.create_run(during, deadline=CLOCK.wall() + 600, run_id="during")
+        await asyncio.sleep(QUIET)  # a promise that nothing happens can only be waited for
+        assert len(fed.effects.copies()) == started, "something was placed before an operator had looked"
+
+        said = await fed.cli("admin", "restored", "--yes")
+        assert (said.returncode, said.stdout) == (0, "incarnation 2\n"), said
+        await fed.eventually(fed.all_ready, "the clusters to be ready")
+        fed.open_gate("second")
+        await fed.accepted_once(before.name)
+        later = await fed.run("later", [fed.quick("one"), fed.quick("two", after=["one"])])
+        await fed.accepted_once(later.name)
+        await _forgotten_work_is_stopped(fed)
+
+        epochs = await _epochs(fed)
+        assert {incarnation for _, incarnation, _ in epochs} == {2}
+        assert not epochs & seen, "an epoch came again"
+        _no_fence_came_again(fed)
+
+
+def _twice(fed: Fed) -> graph_pb2.Task:
+    """A task whose first attempt fails when told to, and whose second one lives until told to end."""
+    first = 'if [ "$BATON_ATTEMPT" = 1 ]; then while [ ! -e "$GATE" ]; do sleep 0.2; note tick; done; exit 1; fi\n'
+    second = 'while [ ! -e "${GATE%first}second" ]; do sleep 0.2; note tick; done\n'
+    return fed.task("twice", first + second, gate="first", max_attempts=5)
+
+
+async def _what_the_backup_misses(fed: Fed, before: str) -> set[Epoch]:
+    """Everything that goes on after the backup: another attempt, whole runs, shards that change hands. The epochs."""
+    fed.open_gate("first")
+    await fed.eventually(
+        lambda: len(fed.effects.living("twice")) == 1 and len(fed.effects.copies("twice")) == 2, "retry"
+    )
+    await fed.run("forgotten", [fed.gated("orphan", "never")])
+    await fed.eventually(lambda: fed.effects.living("orphan"), "the work of `forgotten`")
+    done = await fed.run("done", [fed.quick("one")])
+    await fed.accepted_once(done.name)
+    for n in range(GAP):  # so that what watches wait for is far ahead of what the restored store will say
+        await fed.client.put_graph("busy", graph_pb2.GraphSpec(tasks=[fed.quick(f"one-{n}")]))
+    seen = await _epochs(fed)
+    await fed.lab.kill("replica-2")
+    await fed.eventually(lambda: _owned_by(fed, "replica-1"), "replica-1 to have all shards")
+    seen |= await _epochs(fed)
+    await fed.lab.start_again("replica-2")
+    await fed.eventually(fed.balanced, "replica-2 to have its shards back")
+    return seen | await _epochs(fed)
+
+
+async def _owned_by(fed: Fed, replica: str) -> bool:
+    return set((await fed.owners()).values()) == {replica}
+
+
+async def _epochs(fed: Fed) -> set[Epoch]:
+    """The epochs of all shards, as etcd has them now."""
+    server = fed.lab.part(ETCD)
+    assert isinstance(server, Store)
+    store = EtcdStore([server._server.endpoint], clock=CLOCK)
+    try:
+        incarnation, _ = await store.get(keys.INCARNATION, timeout=5.0)
+        assert incarnation is not None
+        owners = [(shard, (await store.get(keys.owner(shard), timeout=5.0))[0]) for shard in ALL_SHARDS]
+        return {(shard, int(incarnation.value), kv.create_revision) for shard, kv in owners if kv is not None}
+    finally:
+        await store.close()
+
+
+async def _restore(fed: Fed, backup: Path) -> None:
+    server = fed.lab.part(ETCD)
+    assert isinstance(server, Store)
+    await server._do(lambda: server._server.restore(backup))
+
+
+async def _suspected(fed: Fed) -> bool:
+    return (await fed.client.list_shards()).restore_suspected
+
+
+async def _forgotten_work_is_stopped(fed: Fed) -> None:
+    """What was placed after the backup is unknown now: its agents are told to stop it (F8)."""
+    with pytest.raises(NotFound):
+        await fed.client.get_run("namespaces/default/runs/forgotten")
+    await fed.eventually(lambda: not fed.effects.living("orphan"), "the forgotten run's work to be stopped")
+
+
+def _no_fence_came_again(fed: Fed) -> None:
+    by_task: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+    for copy in fed.effects.copies():
+        by_task.setdefault((copy.run, copy.task), []).append(tuple(map(int, copy.fence.split("."))))
+    for task, fences in by_task.items():
+        assert fences == sorted(set(fences)), f"{task}: a fence came again or went back: {fences}"
