@@ -22,7 +22,7 @@ from baton import client_streams, names, requestid
 from baton.client_call import TRY_SECONDS, Answer, Caller, Endpoint, Tls
 from baton.client_streams import FINAL_STATES
 from baton.clock import Clock, Entropy, SystemClock, SystemEntropy
-from baton.v1 import admin_pb2, cluster_pb2, graph_pb2, run_pb2
+from baton.v1 import admin_pb2, cluster_pb2, graph_pb2, run_pb2, trace_pb2
 
 __all__ = ["FINAL_STATES", "AsyncClient", "Tls"]
 
@@ -31,6 +31,9 @@ CALL_SECONDS = 10.0
 
 PIECES_SECONDS = 60.0
 """Least deadline of a graph that goes in pieces: a million tasks are some 100 MB to send, check and commit."""
+
+TRACE_SECONDS = 60.0
+"""Deadline of a trace, half of it for one try: the largest has 80,000 spans, some 40 MB."""
 
 PATIENCE_SECONDS = 60.0
 """How long a stream looks for a replica before it gives up; longer than the store may be away in good health."""
@@ -205,6 +208,16 @@ class AsyncClient:
         return client_streams.follow_logs(
             self._caller, task, attempt=attempt, offset=offset, follow=follow, patience=patience
         )
+
+    async def get_trace(self, run: str) -> list[trace_pb2.Span]:
+        """All spans of a run's trace, live or finished: the root first. Raises NotFound."""
+        request = trace_pb2.GetTraceRequest(run=run)
+
+        async def send(to: Endpoint, seconds: float) -> list[trace_pb2.Span]:
+            parts = to.traces.GetTrace(request, timeout=seconds)
+            return [span async for part in parts for span in part.spans]
+
+        return await self._caller.call(send, timeout=TRACE_SECONDS, try_seconds=TRACE_SECONDS / 2)
 
     # --- graphs --------------------------------------------------------------------------------------------------
 

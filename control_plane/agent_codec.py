@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +11,7 @@ from baton.v1 import graph_pb2
 from control_plane.controller import OwnedShard
 from control_plane.core.commands import Finish, Held, TakeReports
 from control_plane.core.model import AttemptId, Outcome, PythonCall, TaskSpec
+from control_plane.core.span_model import attempt_span_id
 from control_plane.core.views import DispatchView
 
 
@@ -110,8 +110,7 @@ def traceparent(trace_id: str, attempt: AttemptId) -> str:
     """W3C trace context of an attempt: its span id follows from its identity, so every replica says the same (DESIGN 11)."""
     if not trace_id:
         return ""
-    span = hashlib.blake2b(f"{attempt.run}/{attempt.task}/{attempt.n}".encode(), digest_size=8).hexdigest()
-    return f"00-{trace_id}-{span}-01"
+    return f"00-{trace_id}-{attempt_span_id(attempt.run, attempt.task, attempt.n)}-01"
 
 
 class DispatchWriter:

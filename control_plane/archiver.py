@@ -64,11 +64,24 @@ class Translator:
     """(event, index -> task id)"""
 
 
+def _nobody(archive: Archive) -> None:
+    """Nobody wants to know."""
+
+
 class Archiver:
     """One replica's loop."""
 
-    def __init__(self, history: History, controller: Controller, clock: Clock, translator: Translator) -> None:
+    def __init__(
+        self,
+        history: History,
+        controller: Controller,
+        clock: Clock,
+        translator: Translator,
+        archived: Callable[[Archive], None] = _nobody,
+    ) -> None:
+        """`archived` is told of every run that is in history; it must be quick and must not raise."""
         self._history, self._controller, self._clock, self._translator = history, controller, clock, translator
+        self._archived = archived
         self._seen: dict[str, float] = {}
         """Run uid -> boot clock when it was first seen final here."""
         self._pruned = clock.boot()
@@ -116,6 +129,7 @@ class Archiver:
                 await self._history.insert(batch)
                 for done in batch:
                     self._controller.post(shard.id, Archived(done.run.uid))
+                    self._archived(done)
                 batch, size = [], 0
 
     async def _collect(self, shard: OwnedShard, uid: str) -> Archive | None:

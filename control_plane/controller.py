@@ -22,7 +22,7 @@ from control_plane.claims import claim, give_back
 from control_plane.core.commands import Command, Outbox, Refused
 from control_plane.core.events import Event
 from control_plane.core.machine import Machine
-from control_plane.cycle import Cycle
+from control_plane.cycle import Cycle, OnCommit
 from control_plane.deciding import CycleConfig
 from control_plane.journal import Verdict, owner_value
 from control_plane.manifest import NONCE_BYTES
@@ -73,6 +73,8 @@ class Controller:
         """Marks of this replica, and the check of others' (PROTOCOL J12)."""
         self.stopped: dict[str, str] = {}
         """Shards that this program cannot serve, and why (PROTOCOL J11). They are not taken again."""
+        self.dropped = 0
+        """Posted commands that found their shard's inbox full."""
         self._cycle = Cycle(
             store=store,
             clock=clock,
@@ -88,6 +90,10 @@ class Controller:
     def listen(self, listener: Listener) -> None:
         """From now on `listener` hears of owned shards. Call it before the first taking."""
         self._cycle.listeners.append(listener)
+
+    def measure(self, on_commit: OnCommit) -> None:
+        """`on_commit` is told of every transaction that is through. It must be quick and must not raise."""
+        self._cycle.on_commit = on_commit
 
     def attach(self, lease: int, lease_good: Callable[[], bool]) -> None:
         """Owner keys are put under `lease`; nothing is decided or read while `lease_good()` is false (O2, O3)."""
@@ -159,7 +165,10 @@ class Controller:
         """Like `submit` for nobody who waits. Dropped silently if the shard is not here or too much waits: whoever
         cares sends it again (J7)."""
         slot = self._slots.get(shard)
-        if slot is None or slot.releasing or len(slot.inbox) >= self._config.inbox:
+        if slot is None or slot.releasing:
+            return
+        if len(slot.inbox) >= self._config.inbox:
+            self.dropped += 1
             return
         slot.inbox.append(Item(command, "", None))
         self._cycle.wake()

@@ -29,8 +29,16 @@ LAPSED_POLL = 0.1
 """Seconds between looks at a lease that is not good; `wake` is quicker. Only a net under it."""
 
 
+OnCommit = Callable[[int, int, float], None]
+"""(shards, bytes, seconds) of a transaction that is through."""
+
+
 def _no_lease() -> bool:
     return False
+
+
+def _not_measured(shards: int, size: int, seconds: float) -> None:
+    """Nobody wants to know."""
 
 
 class Cycle:
@@ -54,6 +62,7 @@ class Cycle:
         self.handles: dict[str, OwnedShard] = {}
         self.listeners: list[Listener] = []
         self.lease_good: Callable[[], bool] = _no_lease
+        self.on_commit: OnCommit = _not_measured
         self._wake = asyncio.Event()
         self._turn = 0
         self._alarm: asyncio.Task[None] | None = None
@@ -190,7 +199,9 @@ class Cycle:
         def resolved(entry: Entry, verdict: Verdict) -> None:
             self._resolved(by_shard[entry.shard], entry, verdict)
 
-        await self._journal.commit([slot.entry() for slot in group], condition, resolved)
+        entries, sent = [slot.entry() for slot in group], self._clock.boot()
+        await self._journal.commit(entries, condition, resolved)
+        self.on_commit(len(entries), sum(len(entry.value) for entry in entries), self._clock.boot() - sent)
 
     def _resolved(self, slot: Slot, entry: Entry, verdict: Verdict) -> None:
         """The journal knows what became of one part of one shard's batch."""

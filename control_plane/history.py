@@ -88,6 +88,10 @@ class History(Protocol):
         """A run by its name."""
         ...
 
+    async def by_uid(self, uid: str) -> run_pb2.Run | None:
+        """A run by its uid."""
+        ...
+
     async def runs(self, wanted: Wanted, after: str, limit: int) -> list[run_pb2.Run]:
         """Wanted runs with a uid above `after`, in order of uid, at most `limit`."""
         ...
@@ -138,6 +142,11 @@ class MemoryHistory:
         """See `History`."""
         name = str(names.RunName(namespace, run_id))
         return next((archive.run for archive in self._shown().values() if archive.run.name == name), None)
+
+    async def by_uid(self, uid: str) -> run_pb2.Run | None:
+        """See `History`."""
+        archive = self._shown().get(uid)
+        return archive.run if archive else None
 
     async def runs(self, wanted: Wanted, after: str, limit: int) -> list[run_pb2.Run]:
         """See `History`."""

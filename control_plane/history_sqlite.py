@@ -77,13 +77,13 @@ class SqliteHistory:
 
     async def run(self, namespace: str, run_id: str) -> run_pb2.Run | None:
         """See `History`."""
-        query = "SELECT run FROM runs WHERE namespace = ? AND run_id = ? AND shadowed = 0"
+        return await self._one(
+            "SELECT run FROM runs WHERE namespace = ? AND run_id = ? AND shadowed = 0", namespace, run_id
+        )
 
-        def read() -> run_pb2.Run | None:
-            row = self._reads.execute(query, (namespace, run_id)).fetchone()
-            return run_pb2.Run.FromString(row[0]) if row else None
-
-        return await self._in(self._reader, read)
+    async def by_uid(self, uid: str) -> run_pb2.Run | None:
+        """See `History`."""
+        return await self._one("SELECT run FROM runs WHERE uid = ? AND shadowed = 0", uid)
 
     async def runs(self, wanted: Wanted, after: str, limit: int) -> list[run_pb2.Run]:
         """See `History`."""
@@ -167,6 +167,13 @@ class SqliteHistory:
         for thread, connection in ((self._writer, self._writes), (self._reader, self._reads)):
             await loop.run_in_executor(thread, connection.close)
             thread.shutdown(wait=False)
+
+    async def _one(self, query: str, *key: str) -> run_pb2.Run | None:
+        def read() -> run_pb2.Run | None:
+            row = self._reads.execute(query, key).fetchone()
+            return run_pb2.Run.FromString(row[0]) if row else None
+
+        return await self._in(self._reader, read)
 
     async def _in(self, thread: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         if self._closed:

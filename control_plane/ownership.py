@@ -131,6 +131,13 @@ class Ownership:
         """O2. False before the first registration."""
         return self._tenure is not None and self._tenure.good(self._clock.boot())
 
+    def lease_margin(self) -> float:
+        """Seconds for which the lease is still surely good if no keepalive is answered any more (O2); 0 without one."""
+        tenure, now = self._tenure, self._clock.boot()
+        if tenure is None or not tenure.good(now):
+            return 0.0
+        return tenure.since + tenure.lease.ttl * (1 - CLOCK_RATE) - ELECTION - now
+
     async def run(self) -> None:
         """Join, register, and hold what the ring says, until cancelled. Raises IncompatibleFederation, Corrupt."""
         while not self._leaving:

@@ -59,6 +59,8 @@ class GrpcPeers(peer_pb2_grpc.PeerServiceServicer):
         self._break: Callable[[str], None] = lambda _replica: None
         self._queues: dict[str, asyncio.Queue[pb.PeerMessage]] = {}
         self._links: dict[str, asyncio.Task[None]] = {}
+        self.dropped = 0
+        """Messages that found their peer's queue full."""
 
     def on_message(self, handler: MessageHandler) -> None:
         """See `Peers`."""
@@ -77,6 +79,7 @@ class GrpcPeers(peer_pb2_grpc.PeerServiceServicer):
         try:
             queue.put_nowait(message)
         except asyncio.QueueFull:
+            self.dropped += 1
             return False
         return True
 

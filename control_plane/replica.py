@@ -29,7 +29,8 @@ from control_plane.dispatcher import Dispatcher
 from control_plane.fleet_keys import side_puts
 from control_plane.fleet_watch import FleetWatch
 from control_plane.guard_wait import GuardWait
-from control_plane.history import History
+from control_plane.history import Archive, History
+from control_plane.meter import Meter
 from control_plane.ownership import Ownership, OwnershipConfig
 from control_plane.peers import Calls, Peers
 from control_plane.placement import Placement
@@ -88,6 +89,10 @@ class Parts:
     """Without one logs grow: for short lives only."""
     backup: Snapshot | None = None
     """A consistent backup of the store, if the adapter offers one."""
+    meter: Meter | None = None
+    """What is counted for /metrics, if anybody asks."""
+    archived: Callable[[Archive], None] | None = None
+    """Told of every run that came into history through this replica."""
 
 
 def make_machine(shard: str) -> Machine:
@@ -220,11 +225,14 @@ class Replica:
         desk = Desk(controller, self.forwarder, router, view, parts.history, clock, entropy)
         self.services = Services(desk, confirm_restored=controller.restore.confirm_restored, snapshot=parts.backup)
         self.services.serve_peers(calls)
-        self._archiver = Archiver(parts.history, controller, clock, _translator(desk))
+        self._archiver = Archiver(parts.history, controller, clock, _translator(desk), self._note_archived)
         self._snapshots = Snapshots(store, clock, controller, parts.snapshotter) if parts.snapshotter else None
         router.on_from_cluster(self._from_cluster)
         for listener in (self.dispatcher, self._placement, self._fleet_watch, self._guard_wait, self.services.bells):
             controller.listen(listener)
+        if parts.meter is not None:
+            parts.meter.bind(controller)
+            controller.listen(parts.meter)
 
     async def _run(self) -> None:
         """All loops, until cancelled or until one fails."""
@@ -239,6 +247,7 @@ class Replica:
             self._guard_wait,
             self._archiver,
             *((self._snapshots,) if self._snapshots else ()),
+            *((self.parts.meter,) if self.parts.meter else ()),
         )
         async with asyncio.TaskGroup() as group:
             for loop in loops:
@@ -251,6 +260,12 @@ class Replica:
             self.services.logs.receive(message.log)
         else:
             self.dispatcher.receive(replica, message)
+
+    def _note_archived(self, archive: Archive) -> None:
+        if self.parts.meter is not None:
+            self.parts.meter.archived(archive)
+        if self.parts.archived is not None:
+            self.parts.archived(archive)
 
     async def _check_marks(self, marks: list[agent_pb2.ShardMark], federation_uid: str) -> bool:
         """An agent's marks (J12). A store that does not answer proves nothing: the agent comes again."""

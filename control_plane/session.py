@@ -42,6 +42,10 @@ class Session:
     stream: AgentStream
     hello: pb.Hello
     owner_value: bytes
+    claimed: int
+    """mod_revision of the session's owner key since this stream claimed it."""
+    incarnation: int
+    """Of the store, when the Hello came (J12)."""
     inventories: dict[str, pb.ShardInventory]
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)

@@ -8,6 +8,8 @@ from typing import Any
 
 from control_plane.core.commands import LoseCluster, OpenSession, SessionGrant
 from control_plane.core.model import Evidence
+from control_plane.store import keys
+from control_plane.store.base import Compare
 
 OPEN = "/baton.internal/OpenSession"
 LOSE = "/baton.internal/Goodbye"
@@ -39,12 +41,15 @@ def decode_grant(payload: bytes) -> SessionGrant:
     return SessionGrant(**json.loads(payload))
 
 
-def encode_lose(cluster: str, generation: int) -> bytes:
-    """A goodbye: the agent says that all its work is dead (PROTOCOL S5)."""
-    return json.dumps({"cluster": cluster, "generation": generation}).encode()
+def encode_lose(cluster: str, generation: int, claimed: int) -> bytes:
+    """A goodbye: the agent says that all its work is dead (PROTOCOL S5), on the stream that claimed the session at that revision."""
+    return json.dumps({"cluster": cluster, "generation": generation, "claimed": claimed}).encode()
 
 
-def decode_lose(payload: bytes) -> LoseCluster:
-    """The loss a goodbye means: evidence REPORTED."""
+def decode_lose(payload: bytes) -> tuple[LoseCluster, Compare]:
+    """The loss a goodbye means: evidence REPORTED. It holds only while no later stream has claimed the session (J5): an agent that
+    came back into the generation may have been given work since."""
     fields = json.loads(payload)
-    return LoseCluster(str(fields["cluster"]), int(fields["generation"]), Evidence.REPORTED, "the agent said goodbye")
+    cluster = str(fields["cluster"])
+    lost = LoseCluster(cluster, int(fields["generation"]), Evidence.REPORTED, "the agent said goodbye")
+    return lost, Compare.unchanged(keys.session_owner(cluster), int(fields["claimed"]))

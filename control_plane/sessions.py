@@ -44,6 +44,11 @@ log = logging.getLogger(__name__)
 HELLO_WAIT = 10.0
 """Seconds for the first message. Too small: slow links never join; too large: idle sockets pile up."""
 
+RESTORED = "the store was restored; an operator must run `baton admin restored`"
+
+RESTORE_PAUSE = 2.0
+"""Seconds until a refused agent asks again whether an operator has confirmed. Each try costs one read of all heads."""
+
 CALL_TIMEOUT = 5.0
 """Seconds for one try of an internal call; a takeover in between costs one more try."""
 
@@ -115,17 +120,17 @@ class Sessions:
             first = await stream.receive()
         if first.WhichOneof("message") != "hello":
             raise Refuse("INVALID_ARGUMENT", "the first message of a session must be hello", 10.0)
-        hello = first.hello
+        hello, incarnation = first.hello, self._view.incarnation
         lease = self._admit(stream, hello)
-        if await self._config.check_marks(list(hello.marks), hello.federation_uid):
-            raise Refuse(
-                "RESTORE_SUSPECTED", "the store was restored; an operator must run `baton admin restored`", 5.0
-            )
+        if self._view.restore_suspected or await self._config.check_marks(list(hello.marks), hello.federation_uid):
+            raise Refuse("RESTORE_SUSPECTED", RESTORED, RESTORE_PAUSE)
         grant = await self._generation(hello, lease, rival=await self._rival(hello))
         lease = self._granted(grant)
         owner_value, claimed = await self._claim(grant.cluster, grant.generation)
         # Claims of one key are ordered by their revisions, so stream ids sort by age on whichever replica they were made.
         stream_id = f"{claimed:016x}.{self._entropy.token(4)}"
+        if incarnation != self._view.incarnation:
+            raise Refuse("RESTORE_SUSPECTED", RESTORED, RETRY_PAUSE)
         previous = self._by_cluster.get(grant.cluster)
         if previous is not None:
             if previous.stream_id > stream_id:
@@ -140,6 +145,8 @@ class Sessions:
             stream=stream,
             hello=hello,
             owner_value=owner_value,
+            claimed=claimed,
+            incarnation=incarnation,
             inventories={inventory.shard: inventory for inventory in hello.inventory},
         )
         self._by_cluster[grant.cluster] = session
@@ -297,14 +304,14 @@ class Sessions:
         self._router.to_owner(shard, peer.PeerMessage(from_cluster=up))
 
     async def _goodbye(self, session: Session) -> None:
-        payload = encode_lose(session.cluster, session.generation)
+        payload = encode_lose(session.cluster, session.generation, session.claimed)
         for _ in range(10):
             try:
                 await single(self._router.call(FLEET, LOSE, payload, timeout=CALL_TIMEOUT))
                 break
             except CallFailed as failed:
                 if failed.message.startswith("WRONG_STATE"):
-                    break  # it has ended already
+                    break  # it has ended already, or the agent has come back since
             except (NotOwned, CallLost, TimeoutError):
                 pass
             await self._clock.sleep(RETRY_PAUSE)
@@ -344,7 +351,12 @@ class Sessions:
             session.telling.discard(shard)
 
     def _view_changed(self, what: str) -> None:
-        """A shard with a new owner has no link to our agents yet: tell it (J7)."""
+        """A shard with a new owner has no link to our agents yet: tell it (J7). Owners in a restored store know nothing of
+        what was placed after the backup, so agents come again with fresh inventories in the new incarnation (J12)."""
+        if what == "restore":
+            for session in list(self._by_cluster.values()):
+                if self._view.restore_suspected or session.incarnation != self._view.incarnation:
+                    self._refuse(session, "RESTORE_SUSPECTED", RESTORED, RESTORE_PAUSE)
         if what != "owners":
             return
         for shard in RUN_SHARDS:

@@ -13,7 +13,7 @@ import sys
 
 import click
 
-from baton.cli import admin, clusters, inspect, runs, session, timeline
+from baton.cli import admin, clusters, inspect, runs, session, timeline, trace
 from baton.errors import BatonError
 from baton.graphfile import GraphFileError
 
@@ -113,6 +113,7 @@ for _command in (
     clusters.uncordon,
     clusters.drain,
     timeline.timeline,
+    trace.trace,
     admin.admin,
 ):
     main.add_command(_command)

@@ -15,7 +15,7 @@ of them counts.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Generic, TypeVar
 
@@ -153,6 +153,13 @@ class Leases(Generic[K]):
             entry.generation = generation
             self._stale = True
         return True
+
+    def restart(self, key: K, now: float, timeout_seconds: float | None) -> None:
+        """The preparations of `key` are over: its time-out counts from `now`. All other bounds stay."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            entry.bounds = replace(entry.bounds, started=now, timeout_seconds=timeout_seconds)
+            self._stale = True
 
     def cut(self, key: K, reason: Reason, now: float, grace_seconds: float) -> None:
         """End `key`: TERM now, KILL `grace_seconds` later (at once if 0). A second cut can only make it earlier."""

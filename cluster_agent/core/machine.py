@@ -201,8 +201,15 @@ class AgentMachine:
         held = self.state.epochs.get(event.shard)
         if held is not None and event.epoch < held:
             return False
+        before = max((epoch.incarnation for epoch in self.state.epochs.values()), default=event.epoch.incarnation)
         if held is None or event.epoch > held:
             self._held.put(EpochRaised(event.shard, event.epoch))
+        if event.epoch.incarnation > before:
+            # The store was restored (J12). What this stream's inventory said was said to the store that is gone: owners
+            # know neither what was placed since nor what they have forgotten, and must hear of it before we act.
+            self._held.do(DropStream(event.stream, "the store was restored: the inventory must be told again"))
+            self.link.close()
+            return False
         mark = event.mark
         if mark is not None:
             known = self.state.marks.get(event.shard)

@@ -45,7 +45,7 @@ from cluster_agent.guard.protocol import (
     encode,
     entry_from_wire,
     exit_from_wire,
-    start_to_wire,
+    start_batches,
 )
 
 CONNECT_SECONDS = 15.0
@@ -65,9 +65,6 @@ that is to be kept, on a busy host; larger eats into K."""
 
 RETRY_SECONDS = 0.02
 """Between looks at a guard that is starting or dying."""
-
-START_BATCH_BYTES = 1 << 20
-"""Of start requests in one message: renewals and stops sent after it do not wait behind a longer one."""
 
 MAX_UNREAD_EVENTS = 10_000
 """Events the agent has not taken; then we stop reading the guard, which bounds its own side. Smaller stalls big
@@ -165,7 +162,7 @@ class ProcessExecutor:
     async def start(self, requests: Sequence[StartRequest]) -> None:
         """See Executor."""
         await self._send_codes(requests)
-        for batch in _batches(requests):
+        for batch in start_batches(requests):
             await self._ask({"op": "start", "requests": batch})
 
     async def _send_codes(self, requests: Sequence[StartRequest]) -> None:
@@ -400,18 +397,3 @@ class ProcessExecutor:
         self._writer.write(encode(message))
         async with asyncio.timeout(CALL_SECONDS):
             await self._writer.drain()
-
-
-def _batches(requests: Sequence[StartRequest]) -> Iterator[list[Message]]:
-    """Wire forms of the requests in groups of about START_BATCH_BYTES."""
-    batch: list[Message] = []
-    size = 0
-    for request in requests:
-        wire = start_to_wire(request)
-        batch.append(wire)
-        size += sum(map(len, request.argv)) + sum(map(len, request.env.values())) + len(wire["inputs"]) + 512
-        if size >= START_BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 from cluster_agent.core.lease import Action, Bounds, Leases, Order, Reason
-from cluster_agent.executors.base import AttemptKey, Cause, CensusEntry, Exited, Features, Phase, StartRequest
+from cluster_agent.executors.base import AttemptKey, Cause, CensusEntry, Exited, Features, Phase, PythonCall, StartRequest
 from cluster_agent.guard import host, proctree
 from cluster_agent.guard.ledger import Ledger
 from cluster_agent.guard.meters import tree_breach
@@ -25,11 +25,13 @@ from cluster_agent.guard.places import Places
 from cluster_agent.guard.protocol import (
     VERSION,
     Message,
+    code_from_wire,
     entry_to_wire,
     exit_from_wire,
     exit_to_wire,
     start_from_wire,
 )
+from cluster_agent.guard.pythons import Pythons, Worker, died, ended
 from cluster_agent.guard.workload import Spawner, Workload, needs_tree_polling, outcome, resolve
 
 MAX_WORKLOADS = 4096
@@ -45,6 +47,9 @@ CENSUS_CHUNK = 64
 
 STRAY_ROUNDS = 200
 """Rounds of 5 ms in which processes of a murdered keeper are hunted before its attempt is reported anyway."""
+
+FOREVER = 1e9
+"""Time-out while a worker makes its environment, which it bounds itself (python_worker.INSTALL_SECONDS)."""
 
 Emit = Callable[[Message], None]
 
@@ -76,6 +81,7 @@ class Guard:
         self._unrecorded: dict[str, Message] = {}
         """Exits a full disk would not take; told already, written when there is room."""
         self._ending = False
+        self._pythons = Pythons(places.directory, spawner, places)
         self.lost_before = False
         """An earlier guard died with work; told with the first hello."""
 
@@ -93,6 +99,7 @@ class Guard:
     def tick(self, now: float) -> None:
         """Every 100-200 ms: meters, retention, and what a full disk held up."""
         self._measure(now)
+        self._pythons.tick(now)
         self._busy_groups = [w for w in self._busy_groups if w.group is not None and not w.group.remove()]
         if self._unwritten:
             self._write_tombstones(list(self._unwritten))
@@ -107,6 +114,7 @@ class Guard:
     def sweep(self) -> None:
         """Every minute: retention, and the ledger's reserve."""
         self._places.sweep()
+        self._pythons.sweep()
         self._places.sweep_checkpoints({f"{w.request.key.run_uid}.{w.request.key.task}" for w in self._live.values()})
         with suppress(OSError):
             self._ledger.keep_reserve()
@@ -152,6 +160,8 @@ class Guard:
                 self._forget(message["keys"])
             case "log":
                 self._tell_log(message)
+            case "code":
+                self._pythons.keep_code(*code_from_wire(message))
             case "kill_all":
                 self.end_all(Reason.STOP, now, 0.0)
             case other:
@@ -176,6 +186,9 @@ class Guard:
             self._write_tombstones([key])
             return
         try:
+            if request.python is not None:
+                self._lend(request, request.python, paths, now)
+                return
             program = resolve(request.argv[0], request.env, self._places.work_of(key))
             workload = self._spawner.spawn(request, paths, program)
         except (OSError, ValueError) as error:
@@ -184,12 +197,15 @@ class Guard:
             wall = host.wall()
             self._exited(Exited(request.key, Cause.SPAWN, None, None, wall, wall, message=str(error)))
             return
-        self._took(workload, now)
+        process = proctree.read(workload.keeper_pid)
+        self._took(workload, now, process.start_ticks if process is not None else 0)
+        self._listen(workload)
 
     def end_all(self, reason: Reason, now: float, grace_seconds: float) -> None:
         """End every workload; told by events."""
         for key in self._live:
             self._leases.cut(key, reason, now, grace_seconds)
+        self._pythons.dismiss(float("inf"))
         self.enforce(now)
 
     def end(self, now: float, grace_seconds: float) -> None:
@@ -200,7 +216,7 @@ class Guard:
     @property
     def idle(self) -> bool:
         """Nothing runs."""
-        return not self._live
+        return not self._live and not self._pythons.keepers
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
@@ -214,8 +230,11 @@ class Guard:
             return lease
         if request.stop_at is not None and now >= request.stop_at:
             return "its deadline has passed"
-        if not request.argv or not request.argv[0]:
+        if request.python is None and (not request.argv or not request.argv[0]):
             return "argv is empty"
+        code = self._pythons.refusal(request.python) if request.python is not None else None
+        if code is not None:
+            return code
         if len(self._live) >= self._most:
             return f"the guard runs {self._most} workloads, its limit"
         free = self._places.free_bytes()
@@ -223,8 +242,8 @@ class Guard:
             return f"the executor's disk is full: {free} bytes free, {self._min_free_bytes} needed"
         return None
 
-    def _took(self, workload: Workload, now: float) -> None:
-        """A keeper runs: hold its timers and listen to it."""
+    def _took(self, workload: Workload, now: float, keeper_ticks: int, timeout: float | None = None) -> None:
+        """A keeper runs it: hold its timers."""
         key, request = workload.name, workload.request
         self._live[key] = workload
         self._leases.add(
@@ -233,16 +252,46 @@ class Guard:
                 request.generation,
                 now,
                 request.stop_at,
-                request.timeout_seconds,
+                timeout if timeout is not None else request.timeout_seconds,
                 request.grace_seconds,
                 request.keep_at_fence,
             ),
         )
-        process = proctree.read(workload.keeper_pid)
         with suppress(OSError):  # without the record only the keepers' lock proves its death to a later guard
-            self._ledger.kept(key, workload.keeper_pid, process.start_ticks if process is not None else 0)
+            self._ledger.kept(key, workload.keeper_pid, keeper_ticks)
+
+    def _listen(self, workload: Workload) -> None:
         self._watch(workload.status_fd, lambda: self._heard(workload))
         self._watch(workload.pidfd, lambda: self._buried(workload))
+
+    def _lend(self, request: StartRequest, call: PythonCall, paths: dict[str, str], now: float) -> None:
+        """Give it to a Python worker. Raises OSError, and then no worker has it."""
+        worker = self._pythons.lend(request, call, paths)
+        workload = worker.workload
+        warm = workload.phase is Phase.RUNNING
+        self._took(workload, now, worker.keeper_ticks, None if warm or not call.requirements else FOREVER)
+        if warm:
+            self._emit({"ev": "started", "key": workload.name, "pid": workload.pid, "wall": workload.start_wall})
+        else:
+            self._listen(workload)
+            self._watch(worker.control.fileno(), lambda: self._answered(worker))
+
+    def _answered(self, worker: Worker) -> None:
+        """A worker spoke, or closed its socket."""
+        answer, workload, now = self._pythons.receive(worker), worker.workload, host.boot()
+        if worker.hung_up is not None:
+            self._unwatch(worker.control.fileno())
+        if answer is None or worker.answer is not None:
+            return
+        key = workload.name
+        if answer.ready:
+            self._leases.restart(key, now, workload.request.timeout_seconds)
+        elif self._leases.reason(key) is None and self._pythons.clean(worker, answer):
+            self._concluded(workload, ended(workload, answer, late=self._leases.remove(key, now)))
+            self._pythons.rest(worker, now)
+        else:
+            worker.answer = answer
+            self._pythons.kill(worker)
 
     def _heard(self, workload: Workload) -> None:
         pid = workload.hear()
@@ -255,23 +304,39 @@ class Guard:
 
     def _buried(self, workload: Workload) -> None:
         """The keeper is dead, and with it everything (see keeper.py)."""
-        key = workload.name
         if os.waitpid(workload.keeper_pid, os.WNOHANG)[0] == 0:
             return  # a stale readiness: its descriptor number was used again within one poll
         self._unwatch(workload.pidfd)
         self._heard(workload)
         self._unwatch(workload.status_fd)
+        worker = self._pythons.of(workload)
+        if worker is not None:
+            self._answered(worker)  # it may have answered right before it died
+            self._unwatch(worker.control.fileno())
+            self._pythons.bury(worker)
         if workload.wait_status is None:
             workload.salvage_output()
             if not self._spawner.isolation.namespace:
                 self._hunt_strays()
-        reason = self._leases.reason(key)
-        late = self._leases.remove(key, host.boot())
-        exited = outcome(workload, reason, late, self._places)
+        if worker is None or worker.busy:
+            reason = self._leases.reason(workload.name)
+            late = self._leases.remove(workload.name, host.boot())
+            if worker is not None and worker.answer is not None and reason is None:
+                exited = ended(workload, worker.answer, late=late)
+            else:
+                exited = outcome(workload, reason, late, self._places)
+                exited = exited if worker is None else died(exited)
+            self._concluded(workload, exited)
         workload.close()
-        del self._live[key]
         if workload.group is not None and not workload.group.remove():
             self._busy_groups.append(workload)
+
+    def _concluded(self, workload: Workload, exited: Exited) -> None:
+        """The attempt is over, and nothing of it runs."""
+        key = workload.name
+        del self._live[key]
+        if workload.request.python is not None:
+            self._pythons.cap_log(workload.request)
         self._exited(exited)
         if workload.confirm_stop and key in self._unwritten:
             self._unwritten[key] = (None, True)
@@ -379,7 +444,7 @@ class Guard:
         """Without namespaces: orphans of a keeper that somebody killed have become our children; kill them all."""
         for _ in range(STRAY_ROUNDS):
             processes = proctree.everything()
-            ours = {w.keeper_pid for w in self._live.values()} | {self._places.janitor}
+            ours = self._ours()
             kept = {p.pid for root in ours for p in proctree.descendants(root, processes)} | ours
             strays = [p for p in proctree.descendants(os.getpid(), processes) if p.pid not in kept]
             if not strays:
@@ -392,9 +457,13 @@ class Guard:
 
     def _reap_strays(self) -> None:
         """Collect dead children that are neither keepers nor the janitor."""
-        ours = {workload.keeper_pid for workload in self._live.values()} | {self._places.janitor}
+        ours = self._ours()
         with suppress(ChildProcessError):
             while (dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
                 if dead.si_pid in ours:
                     return
                 os.waitpid(dead.si_pid, os.WNOHANG)
+
+    def _ours(self) -> set[int]:
+        """Children of the guard that are no strays."""
+        return {w.keeper_pid for w in self._live.values()} | self._pythons.keepers | {self._places.janitor}

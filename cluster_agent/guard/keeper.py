@@ -72,6 +72,14 @@ class Pipes:
     """End of file here means that the guard is dead."""
     lock: int
     """Open on the keepers' lock: held until this process ends (protocol.KEEPERS)."""
+    control: int = -1
+    """A Python worker's socket, which becomes its standard input; -1: none."""
+
+    @property
+    def kept(self) -> set[int]:
+        """All that are open."""
+        fds = {self.status, self.output_read, self.output_write, self.log, self.lives, self.lock, self.control}
+        return fds - {-1}
 
 
 def run(plan: Plan, pipes: Pipes) -> None:
@@ -113,7 +121,7 @@ class _Keeper:
         """Bind our life to the guard's. False when it is dead already."""
         pipes = self._pipes
         os.setsid()
-        self._close_all_but({pipes.status, pipes.output_read, pipes.output_write, pipes.log, pipes.lives, pipes.lock})
+        self._close_all_but(pipes.kept)
         if self._plan.namespace:
             host.prctl(host.PR_SET_PDEATHSIG, signal.SIGKILL)
         else:
@@ -139,8 +147,8 @@ class _Keeper:
         said_read, said_write = os.pipe2(os.O_CLOEXEC)
         self._main = os.fork()
         if self._main == 0:
-            _become_workload(self._plan, self._pipes.output_write, said_write, host_proc)
-        for fd in (said_write, self._pipes.output_write, host_proc):
+            _become_workload(self._plan, self._pipes, said_write, host_proc)
+        for fd in (said_write, self._pipes.output_write, host_proc, *({self._pipes.control} - {-1})):
             os.close(fd)
         said = b""
         while part := os.read(said_read, 1024):  # ends when exec has closed the other side
@@ -243,7 +251,7 @@ def dropped_marker(cap: int) -> bytes:
     return b"\n[baton: the output limit of %d bytes was reached; the rest was dropped]\n" % cap
 
 
-def _become_workload(plan: Plan, output: int, said: int, host_proc: int) -> None:
+def _become_workload(plan: Plan, pipes: Pipes, said: int, host_proc: int) -> None:
     """The last steps before exec, in the workload's own process; never returns. `said` closes with exec."""
     try:
         os.write(said, os.readlink("self", dir_fd=host_proc).encode() + b"\n")
@@ -253,10 +261,9 @@ def _become_workload(plan: Plan, output: int, said: int, host_proc: int) -> None
                 procs.write(b"0")
         _bound(plan)
         os.chdir(plan.directory)
-        null = os.open("/dev/null", os.O_RDONLY)
-        os.dup2(null, 0)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+        os.dup2(os.open("/dev/null", os.O_RDONLY) if pipes.control < 0 else pipes.control, 0)
+        os.dup2(pipes.output_write, 1)
+        os.dup2(pipes.output_write, 2)
         os.dup2(said, 3, inheritable=False)
         said = 3
         os.closerange(4, 1 << 20)

@@ -41,6 +41,7 @@ class Places:
     """Owner of the tree under one directory."""
 
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.work, self.checkpoints = directory / "work", directory / "checkpoints"
         self.logs, self.trash = directory / "logs", directory / "trash"
         for path in (self.work, self.checkpoints, self.logs, self.trash):
@@ -118,11 +119,31 @@ class Places:
             return b"", f"the result has {size} bytes, over the limit of {kib} for inline results; write an artifact"
         return data, ""
 
+    def cap_log(self, key: str, cap: int, marker: bytes) -> None:
+        """Cut a log that its writer, not a keeper, lets grow past `cap` bytes (0: no cap)."""
+        path = self.logs / f"{key}.log"
+        with suppress(OSError):
+            if cap and path.stat().st_size > cap + len(marker):
+                os.truncate(path, cap)
+                with open(path, "ab", buffering=0) as log:
+                    log.write(marker)
+
     def discard(self, key: str) -> None:
         """The working directory goes; the log stays."""
         with suppress(OSError):
             os.rename(self.work_of(key), self.trash / f"{key}.{host.boot():.6f}")
             self._deleted += 1
+
+    def throw_away(self, path: Path) -> None:
+        """Move a file or folder of the executor's to the trash, if it is there."""
+        with suppress(OSError):
+            os.rename(path, self.trash / f"{path.name}.{host.boot():.6f}")
+            self._deleted += 1
+
+    def drop_log(self, key: str) -> None:
+        """A log that nobody asks for goes at once."""
+        with suppress(OSError):
+            (self.logs / f"{key}.log").unlink()
 
     def finished(self, key: str) -> None:
         """The attempt's log is complete: it counts against retention from now on."""
@@ -167,7 +188,10 @@ class Places:
                 os.closerange(3, 1 << 20)
                 host.prctl(host.PR_SET_PDEATHSIG, signal.SIGKILL)
                 for entry in os.scandir(self.trash):
-                    shutil.rmtree(entry.path, ignore_errors=True)
+                    if entry.is_dir(follow_symlinks=False):
+                        shutil.rmtree(entry.path, ignore_errors=True)
+                    else:
+                        os.unlink(entry.path)
             finally:
                 os._exit(0)
 

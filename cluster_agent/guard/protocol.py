@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ VERSION = 1
 MAX_FRAME = 16 << 20
 """Bytes of one message. Larger than any legal start (64 KiB of arguments, 32 KiB of environment, inputs); smaller would
 refuse wide joins, larger would let one broken peer take the guard's memory."""
+
+START_BATCH_BYTES = 1 << 20
+"""Of start requests in one message: renewals and stops sent after it do not wait behind a longer one."""
 
 SOCKET = "guard.sock"
 LOCK = "guard.lock"
@@ -118,6 +121,22 @@ def start_to_wire(request: StartRequest) -> Message:
             "tenant": call.tenant,
         }
     return wire
+
+
+def start_batches(requests: Sequence[StartRequest]) -> Iterator[list[Message]]:
+    """Wire forms of the requests in groups of about START_BATCH_BYTES."""
+    batch: list[Message] = []
+    size = 0
+    for request in requests:
+        wire = start_to_wire(request)
+        batch.append(wire)
+        size += sum(map(len, request.argv)) + sum(map(len, request.env.values())) + len(wire["inputs"]) + 512
+        size += len(request.python.args_json) if request.python is not None else 0
+        if size >= START_BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def start_from_wire(wire: Message) -> StartRequest:

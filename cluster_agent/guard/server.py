@@ -112,6 +112,7 @@ class Server:
         if now - self._ticked >= TICK_SECONDS:
             self._ticked = now
             self._survive(lambda: self.guard.tick(now))
+            self._flush()  # news of the requests just carried out is no sign that the agent does not read
             if self._connection is not None and not self._unsent:  # an agent that does not read needs no more of them
                 self._send({"ev": "tick", "at": now})
                 self._flush()

@@ -48,6 +48,8 @@ class Workload:
     breach: str = ""
     failure: str = ""
     wait_status: int | None = None
+    pid: int = 0
+    """Of its main process, once that was started."""
     heard: bytearray = field(default_factory=bytearray)
 
     @property
@@ -65,7 +67,7 @@ class Workload:
             word, _, rest = self.heard[:end].decode("utf-8", "replace").partition(" ")
             del self.heard[: end + 1]
             if word == "started":
-                started = int(rest)
+                started = self.pid = int(rest)
                 self.phase = Phase.STOPPING if self.phase is Phase.STOPPING else Phase.RUNNING
             elif word == "failed":
                 self.failure = rest
@@ -108,8 +110,9 @@ class Spawner:
     lock_fd: int
     """Open on the keepers' lock."""
 
-    def spawn(self, request: StartRequest, paths: Mapping[str, str], program: str) -> Workload:
-        """Fork the keeper, which starts `program`. Raises OSError, and then nothing runs and nothing is held."""
+    def spawn(self, request: StartRequest, paths: Mapping[str, str], program: str, control: int = -1) -> Workload:
+        """Fork the keeper, which starts `program`, with `control` (if any) as its standard input. Raises OSError, and
+        then nothing runs and nothing is held."""
         name, limits = request.key.text(), request.limits
         group = self.groups.make(name, limits)
         meter = DiskMeter(self.places.work_of(name)) if limits.disk_bytes else None
@@ -120,7 +123,7 @@ class Spawner:
             output_read, output_write = _pipe(ours, theirs)
             log = self.places.open_log(name)
             ours.callback(os.close, log)
-            pipes = keeper.Pipes(status_write, output_read, output_write, log, self.lives_fd, self.lock_fd)
+            pipes = keeper.Pipes(status_write, output_read, output_write, log, self.lives_fd, self.lock_fd, control)
             plan = self._plan(request, {**request.env, **paths}, program, group)
             start_wall = host.wall()
             pid = host.fork_into(self.isolation.flags)

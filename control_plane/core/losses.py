@@ -6,8 +6,8 @@ the batch that places its replacement or ends the task (F2). `review` looks at o
 it; `wanted` says, at the moment of placing, what a task in a lane may get. Both may be asked at any time, any number of
 times; facts that are told again after a takeover (table, fences, inventories) lead to the same place.
 
-`wait` and `never_rerun` work (F7) is fenced only by evidence REPORTED, or when a later generation of the same cluster has
-another boot id, for nothing survives a reboot.
+`wait` and `never_rerun` work (F7) is fenced only by evidence REPORTED, or when a later generation of the same agent journal
+has another boot id, for nothing survives a reboot.
 """
 
 from __future__ import annotations
@@ -94,12 +94,14 @@ def fenced(state: ShardState, run: Run, attempt: Attempt) -> Evidence | None:
 
 
 def rebooted(table: FleetTable, attempt: Attempt) -> bool:
-    """A later generation of its cluster runs under another boot id than the attempt's (S6): it is dead."""
+    """A later generation of the same agent journal runs under another boot id than the attempt's (S6): it is dead. Under another
+    journal it may be another host, which proves nothing."""
     facts = table.clusters.get(attempt.cluster)
     mine = facts.find(attempt.generation) if facts else None
     if facts is None or mine is None:
         return False
-    return any(g.number > mine.number and g.boot_id != mine.boot_id for g in facts.generations)
+    later = (g for g in facts.generations if g.number > mine.number and g.journal_uid == mine.journal_uid)
+    return any(g.boot_id != mine.boot_id for g in later)
 
 
 def keeps(run: Run, task: int) -> bool:

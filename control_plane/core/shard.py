@@ -222,6 +222,10 @@ class RunShard:
         run = self._state.runs.get(uid)
         return reading.run_events(run, after) if run and run.sealed else None
 
+    def event_numbers(self) -> dict[str, int]:
+        """Number of the last event of every live run, by uid."""
+        return {uid: run.event_number for uid, run in self._state.runs.items()}
+
     def archivable(self) -> Iterable[str]:
         """Uids of final runs that are not archived yet (J10)."""
         return tuple(self._state.final)

@@ -70,7 +70,8 @@ class TaskFacts:
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """The run itself. `left_out`: tasks that are not among those handed in."""
+    """The run itself. `left_out`: tasks that are not among those handed in. `now`: until when open spans of a run that goes on are
+    drawn; a finished run's trace does not depend on it."""
 
     uid: str
     name: str
@@ -83,6 +84,7 @@ class RunFacts:
     graph: str = ""
     resumed_from: str = ""
     left_out: int = 0
+    now: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,8 +45,7 @@ def spans(run: RunFacts, tasks: Sequence[TaskFacts], changes: Iterable[Change]) 
     """The trace of a run: its root, then every task's attempts in order of index, each followed by its phases."""
     times = Times(changes)
     moments = [at for task in tasks for a in task.attempts for at in (a.placed, a.start, a.end)]
-    now = run.finished or max(moments, default=0)
-    now = max(now, times.last if not run.finished else now, run.created)
+    now = run.finished or max(run.now, times.last, run.created, *moments)
     found = held_times(run, tasks, times, now)
     path = critical_path(tasks, found, times)
     made = [_root(run, tasks, now)]

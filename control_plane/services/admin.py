@@ -23,7 +23,7 @@ from control_plane.core.shard import RunShard
 from control_plane.peers import CallContext, Calls
 from control_plane.services import translate
 from control_plane.services.desk import Desk
-from control_plane.services.failures import invalid
+from control_plane.services.failures import committed, invalid
 from control_plane.services.methods import PAGE_BYTES, Asked, check_request_id
 from control_plane.store.base import StoreError
 
@@ -114,7 +114,8 @@ class Admin:
         ask = commands.Request(request.request_id, hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
         command = commands.PutNamespace(ask, wanted.name, weight, wanted.live_task_quota, retention)
         await self._desk.submit(shard, command, asked)
-        view = await self._desk.read(shard, lambda machine: machine.namespace(wanted.name), asked)
+        with committed():
+            view = await self._desk.read(shard, lambda machine: machine.namespace(wanted.name), asked)
         if view is None:
             raise NotFound(f"there is no namespace {wanted.name}")
         yield admin_pb2.PutNamespaceResponse(namespace=translate.namespace(view))

@@ -18,7 +18,7 @@ from control_plane.core.fleet import Fleet
 from control_plane.core.model import FLEET, Admission, ClusterFacts, FleetTable
 from control_plane.services import pages, translate
 from control_plane.services.desk import Desk
-from control_plane.services.failures import invalid
+from control_plane.services.failures import committed, invalid
 from control_plane.services.methods import Asked, check_request_id, page_size
 
 QUESTION = pages.filter_hash("clusters")
@@ -73,7 +73,8 @@ class Clusters:
         digest = hashlib.blake2b(f"{admission.name}\n{name}".encode(), digest_size=16).hexdigest()
         ask = commands.Request(request.request_id, digest)
         await self._desk.submit(FLEET, commands.SetAdmission(ask, name, admission), asked)
-        return await self._find(request.name, asked)
+        with committed():
+            return await self._find(request.name, asked)
 
     async def _find(self, full_name: str, asked: Asked) -> cluster_pb2.Cluster:
         name = names.parse_cluster(full_name).cluster

@@ -23,10 +23,11 @@ from baton.names import RunName
 from baton.v1 import graph_pb2, run_pb2
 from control_plane.core import commands
 from control_plane.core.model import shard_of
+from control_plane.core.span_model import trace_id_of
 from control_plane.peers import CallContext, Calls
 from control_plane.services import translate
 from control_plane.services.desk import Desk, shard_of_run
-from control_plane.services.failures import invalid
+from control_plane.services.failures import committed, invalid
 from control_plane.services.methods import Asked, check_request_id
 
 CREATE = "/baton.internal/CreateRun"
@@ -150,8 +151,9 @@ class Creation:
         )
         shard = shard_of_run(name)
         uid = str(await desk.submit(shard, command, asked))
-        view = await desk.read(shard, lambda machine: machine.run_by_uid(uid), asked)
-        run = translate.run(view, shard) if view is not None else await desk.must_be_archived(name)
+        with committed():
+            view = await desk.read(shard, lambda machine: machine.run_by_uid(uid), asked)
+            run = translate.run(view, shard) if view is not None else await desk.must_be_archived(name)
         yield run.SerializeToString()
 
 
@@ -186,7 +188,7 @@ def _head(request: run_pb2.CreateRunRequest) -> dict[str, Any]:
         "graph": request.graph,
         "graph_version": 0,
         # Deterministic (DESIGN 11): a trace can be made from events at any time, and is the same over retries.
-        "trace_id": _hash(16, "trace", uid),
+        "trace_id": trace_id_of(uid),
     }
 
 

@@ -9,7 +9,8 @@ The same form travels between replicas, so an answer means the same whichever re
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from google.rpc import status_pb2
@@ -32,6 +33,16 @@ NO_OWNER = "no replica owns the shard of this resource right now"
 def invalid(field: str, message: str) -> BatonError:
     """One wrong field."""
     return errors.InvalidField(f"{field}: {message}", field_violations=[FieldViolation(field, message)])
+
+
+@contextmanager
+def committed() -> Iterator[None]:
+    """Around making the answer of a mutation that is committed. If that fails, because the shard was lost a moment later or
+    history is down, nobody may be told "not applied" (J6): raises OutcomeUnknown instead, and a repeat finds the answer."""
+    try:
+        yield
+    except (NotOwned, StoreDown, BatonError) as error:
+        raise OutcomeUnknown("it is committed, but its answer could not be made") from error
 
 
 def explain(error: BaseException, reference: Callable[[], str]) -> BatonError:

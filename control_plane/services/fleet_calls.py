@@ -13,8 +13,9 @@ from control_plane.controller import Controller
 from control_plane.core.commands import Command, Refused, SessionGrant
 from control_plane.core.model import FLEET
 from control_plane.peers import CallContext, CallFailed, Calls
-from control_plane.refusals import OutcomeUnknown, StoreDown
+from control_plane.refusals import ConditionFailed, OutcomeUnknown, StoreDown
 from control_plane.session_calls import LOSE, OPEN, decode_lose, decode_open, encode_grant
+from control_plane.store.base import Compare
 
 
 class FleetCalls:
@@ -30,15 +31,18 @@ class FleetCalls:
         yield encode_grant(grant)
 
     async def _lose(self, payload: bytes, context: CallContext) -> AsyncIterator[bytes]:
-        await self._submit(decode_lose(payload), context)
+        command, condition = decode_lose(payload)
+        await self._submit(command, context, condition)
         yield b""
 
-    async def _submit(self, command: Command, context: CallContext) -> object:
+    async def _submit(self, command: Command, context: CallContext, condition: Compare | None = None) -> object:
         """Raises NotOwned, CallFailed."""
         try:
-            return await self._controller.submit(FLEET, command, timeout=context.timeout)
+            return await self._controller.submit(FLEET, command, timeout=context.timeout, condition=condition)
         except Refused as refused:
             raise _failed(refused.reason, refused.message) from refused
+        except ConditionFailed as failed:
+            raise _failed("WRONG_STATE", "the agent has come back since, or the generation has ended") from failed
         except (OutcomeUnknown, StoreDown) as error:
             raise _failed("UNAVAILABLE", str(error)) from error
 

@@ -16,7 +16,7 @@ from control_plane.core.views import GraphView
 from control_plane.services import pages, translate
 from control_plane.services.create import invalid_fields
 from control_plane.services.desk import Desk
-from control_plane.services.failures import invalid
+from control_plane.services.failures import committed, invalid
 from control_plane.services.methods import PAGE_BYTES, Asked, check_request_id, page_size
 
 
@@ -44,9 +44,10 @@ class Graphs:
         )
         reply = await self._desk.submit(shard, command, asked)
         _, version = cast(tuple[str, int], reply)
-        view = await self._desk.read(
-            shard, lambda machine: machine.graph(request.namespace, request.graph_id, version), asked
-        )
+        with committed():
+            view = await self._desk.read(
+                shard, lambda machine: machine.graph(request.namespace, request.graph_id, version), asked
+            )
         if view is None:
             raise NotFound(f"version {version} of graph {request.graph_id} is no longer kept")
         yield graph_pb2.PutGraphResponse(graph=translate.graph(view, with_spec=True))

@@ -27,7 +27,7 @@ from control_plane.history import Wanted
 from control_plane.peers import CallContext, Calls
 from control_plane.services import pages, translate
 from control_plane.services.desk import Desk, from_history, shard_of_run
-from control_plane.services.failures import invalid
+from control_plane.services.failures import committed, invalid
 from control_plane.services.methods import (
     DEFAULT_TASK_PAGE,
     PAGE_BYTES,
@@ -95,7 +95,9 @@ class Runs:
                 raise WrongState(f"{name} is {word}: a finished run stays as it is") from None
             yield run_pb2.CancelRunResponse(run=run)
             return
-        yield run_pb2.CancelRunResponse(run=await self.find(name, asked))
+        with committed():
+            found = await self.find(name, asked)
+        yield run_pb2.CancelRunResponse(run=found)
 
     # -- tasks -------------------------------------------------------------------------------------------------------------
 

@@ -8,9 +8,9 @@ from typing import Any
 from google.protobuf.message import Message
 
 from baton import names
-from baton.v1 import admin_pb2, cluster_pb2, graph_pb2, run_pb2
+from baton.v1 import admin_pb2, cluster_pb2, graph_pb2, run_pb2, trace_pb2
 from control_plane.peers import Calls
-from control_plane.services import admin, clusters, graphs, logs, runs, watch
+from control_plane.services import admin, clusters, graphs, logs, runs, trace, watch
 from control_plane.services.admin import Admin, Snapshot
 from control_plane.services.clusters import Clusters
 from control_plane.services.create import Creation
@@ -19,17 +19,20 @@ from control_plane.services.graphs import Graphs
 from control_plane.services.logs import Logs
 from control_plane.services.methods import Asked, Kind, Method
 from control_plane.services.runs import Runs
+from control_plane.services.trace import Traces
 from control_plane.services.watch import Bells, Watches
 
 
 class Services:
-    """All services of one replica. `methods` is the table; `bells` listens to the controller; `logs` takes chunks."""
+    """All services of one replica. `methods` is the table; `bells` listens to the controller; `logs` takes chunks;
+    `traces` serves the web port too."""
 
     def __init__(
         self, desk: Desk, *, confirm_restored: Callable[[], Awaitable[int]], snapshot: Snapshot | None
     ) -> None:
         self.bells = Bells()
         self.logs = Logs(desk)
+        self.traces = Traces(desk)
         self._runs = Runs(desk)
         self._creation = Creation(desk)
         self._admin = Admin(desk, confirm_restored, snapshot)
@@ -38,11 +41,12 @@ class Services:
             *_graph_methods(Graphs(desk)),
             *_cluster_methods(Clusters(desk)),
             *self._admin_methods(),
+            _trace_method(self.traces),
         )
 
     def serve_peers(self, calls: Calls) -> None:
         """Register the internal calls."""
-        for service in (self._runs, self._creation, self._admin, self.logs):
+        for service in (self._runs, self._creation, self._admin, self.logs, self.traces):
             service.serve_peers(calls)
 
     async def weights(self, asked: Asked) -> dict[str, float]:
@@ -122,6 +126,19 @@ def _cluster_methods(of: Clusters) -> Sequence[Method]:
         method("CordonCluster", of.cordon_cluster, change),
         method("UncordonCluster", of.uncordon_cluster, change),
         method("DrainCluster", of.drain_cluster, change),
+    )
+
+
+def _trace_method(of: Traces) -> Method:
+    return _method(
+        "TraceService",
+        "GetTrace",
+        trace_pb2,
+        of.get_trace,
+        route=lambda request: shard_of_run(names.parse_run(request.run)),
+        validate=trace.check_trace,
+        kind=Kind.STREAM_OUT,
+        resume=trace.go_on,
     )
 
 

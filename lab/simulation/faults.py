@@ -109,7 +109,7 @@ class Nemesis:
 
     def _outage(self) -> float:
         """A duration for a cluster out of sight: often beyond L + G."""
-        return self._rng.choice((2.0, 8.0, 14.0, 24.0, 35.0)) * self._rng.uniform(0.7, 1.3)
+        return self._rng.choice((2.0, 8.0, 24.0, 32.0, 40.0)) * self._rng.uniform(0.7, 1.3)
 
     # -- processes -------------------------------------------------------------------------------------------------------
 

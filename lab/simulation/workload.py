@@ -69,7 +69,7 @@ def _graph(rng: random.Random) -> graph_pb2.GraphSpec:
     for index in range(size):
         parents = [f"t{p}" for p in range(index) if rng.random() < min(0.6, 1.6 / max(1, index))]
         failures = rng.choice((0, 0, 0, 0, 1, 2))
-        seconds = rng.choice((0.0, 0.3, 1.0, 3.0, 8.0, 20.0, 40.0, 60.0)) * rng.uniform(0.5, 1.0)
+        seconds = rng.choice((0.0, 0.3, 0.3, 1.0, 3.0, 3.0, 8.0, 20.0, 50.0, 70.0)) * rng.uniform(0.5, 1.0)
         stubborn = int(rng.random() < 0.1)
         task = spec.tasks.add(id=f"t{index}", parents=parents)
         task.process.argv.extend(["sim", f"{seconds:.3f}", str(failures), str(stubborn), f"t{index}"])

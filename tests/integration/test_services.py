@@ -15,7 +15,9 @@ from baton import errors, requestid
 from baton.client_call import error_of
 from baton.v1 import admin_pb2, cluster_pb2, graph_pb2, run_pb2
 from control_plane import archiver
+from control_plane.core.commands import Outbox
 from control_plane.core.model import shard_of
+from control_plane.slots import OwnedShard
 from tests.integration.replicas import CLOCK, Node, Rig, client, creation, request_id, rig, spec, until
 
 SUCCESS = run_pb2.RUN_STATE_SUCCEEDED
@@ -477,3 +479,31 @@ async def test_74_a_store_that_is_down_is_said_with_what_was_applied(federation:
     assert error.code == grpc.StatusCode.UNAVAILABLE.value[0]
     assert error.applied == "unknown"  # it was decided, and may land when the store is back (J6)
     federation.etcd.regain_quorum()
+
+
+class LosesWhatItCommits:
+    """A listener: the store goes down and the shard is lost between its commit and the answer."""
+
+    def __init__(self, rig: Rig, node: Node, shard: str) -> None:
+        self._rig, self._node, self._shard = rig, node, shard
+
+    def taken(self, shard: OwnedShard) -> None:
+        pass
+
+    def committed(self, shard: OwnedShard, outbox: Outbox) -> None:
+        if shard.id == self._shard:
+            self._rig.etcd.lose_quorum()
+            self._node.replica.controller.drop(shard.id)
+
+    def dropped(self, shard: str) -> None:
+        pass
+
+
+async def test_j6_what_is_committed_is_never_said_to_be_not_applied(federation: Rig, node: Node) -> None:
+    made = (await node.runs.CreateRun(creation("a"), timeout=20)).run
+    shard = shard_of("default", made.name.rpartition("/")[2])
+    node.replica.controller.listen(LosesWhatItCommits(federation, node, shard))
+    cancel = run_pb2.CancelRunRequest(request_id=request_id(), name=made.name)
+    error = await failure(node.runs.CancelRun(cancel, timeout=2))
+    federation.etcd.regain_quorum()
+    assert error.applied == "unknown"

@@ -22,10 +22,10 @@ from lab.simulation.nodes import Life, Node, SimLoop
 from lab.simulation.record import Ran, Record, Written
 from lab.simulation.workload import Said
 
-FIXED = (1, 5)
+FIXED = (1, 4)
 """Seeds that every run tries: the base and how many."""
 
-FRESH = 2
+FRESH = 1
 """New seeds of each run; they are printed, and a failing one can be replayed."""
 
 
@@ -43,7 +43,7 @@ def test_fixed_seeds_keep_every_promise() -> None:
 
 def test_fresh_seeds_keep_every_promise() -> None:
     base = random.SystemRandom().randrange(10**9)
-    print(f"fresh seeds: scripts/sim --seeds {FRESH} --seed-base {base}")  # noqa: T201 - so that they can be tried again
+    print(f"fresh seeds: scripts/sim --seeds {FRESH} --seed-base {base}")
     done = sim("--seeds", str(FRESH), "--seed-base", str(base))
     assert done.returncode == 0, f"fresh seeds from {base}\n{done.stdout}{done.stderr}"
 

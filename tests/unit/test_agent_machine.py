@@ -757,3 +757,17 @@ def test_every_event_has_a_handler() -> None:
     world = World()
     with pytest.raises(KeyError):
         world.step(object())  # type: ignore[arg-type]
+
+
+def test_J12_a_risen_incarnation_is_obeyed_on_a_new_stream_only() -> None:
+    """Owners of a restored store must hear a fresh inventory before anything of theirs is acted upon."""
+    world = World()
+    world.dispatch(0)
+    again = world.dispatch(1, epoch=Epoch(2, 3))
+    assert [type(action) for action in again.actions] == [DropStream]
+    assert EpochRaised("s0", Epoch(2, 3)) in world.records
+    assert not world.dispatch(1, epoch=Epoch(2, 3)).actions, "the stream is over"
+    told = next(action for action in world.session(resumed=True).actions if isinstance(action, SendHello))
+    assert [entry.key for entry in told.inventory] == [key(0)]
+    world.ack()
+    assert any(isinstance(action, StartWork) for action in world.dispatch(1, epoch=Epoch(2, 3)).actions)

@@ -26,7 +26,7 @@ from control_plane.restore import RestoreDetector
 from control_plane.router import Router
 from control_plane.services.failures import peer_failure
 from control_plane.services.fleet_calls import FleetCalls
-from control_plane.session_calls import INVENTORY
+from control_plane.session_calls import INVENTORY, LOSE
 from control_plane.sessions import Sessions, SessionsConfig, StreamClosed
 from control_plane.store import keys
 from control_plane.store.base import Put, Txn
@@ -471,3 +471,25 @@ async def test_s5_a_goodbye_is_said_again_until_fleet_has_decided(server: Memory
     assert await end.refused() == "GENERATION_ENDED"
     await until(lambda: a.view.table.clusters[a.cluster].generations[-1].evidence is Evidence.REPORTED)
     await a.crash()
+
+
+@story
+async def test_s5_a_goodbye_that_comes_late_does_not_end_what_the_agent_came_back_into(server: MemoryEtcd) -> None:
+    """F6: evidence REPORTED would let copies start beside the work that it was given since."""
+    wires = Wires()
+    a = await Node(server, "a", wires).up(FLEET)
+    b = await Node(server, "b", wires).up()
+    c = await Node(server, "c", wires).up()
+    await until(lambda: all(FLEET in node.view.owners for node in (b, c)))
+    first = b.dial()
+    await first.welcomed()
+    wires.delay = lambda sender, _, message: 3.0 if sender == "b" and message.call.method == LOSE else NOW
+    first.say(goodbye=pb.Goodbye(generation=1))
+    await asyncio.sleep(1.0)
+    second = c.dial(last_generation=1)
+    assert (await second.welcomed()).resumed
+    await asyncio.sleep(5.0)
+    assert not a.view.table.clusters[a.cluster].generations[-1].ended
+    second.say(heartbeat=pb.Heartbeat(seq=1, generation=1))
+    await until(lambda: len(second.of("heartbeat_ack")) == 1)
+    await asyncio.gather(a.crash(), b.crash(), c.crash())

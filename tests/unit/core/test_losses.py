@@ -215,6 +215,17 @@ def test_f7_kept_work_is_replaced_when_the_host_was_rebooted() -> None:
     assert shard.task().attempts[0].evidence is Evidence.REPORTED
 
 
+@pytest.mark.parametrize("policy", [WAIT, NEVER])
+def test_f7_another_host_under_the_clusters_name_proves_no_reboot(policy: OnClusterLost) -> None:
+    """Kept work is not stopped at F: it may still run on the first host, which only its own journal can speak for (S6)."""
+    shard, first = placed(on_cluster_lost=policy)
+    lose(shard, Evidence.TIMED)
+    back(shard, boot="another", journal="another")
+    shard.settled()
+    shard.grant("b")
+    assert shard.only() == first
+
+
 def test_f7_waiting_work_is_adopted_when_its_cluster_lists_it() -> None:
     shard, first = placed(on_cluster_lost=WAIT)
     lose(shard)
