@@ -20,8 +20,8 @@ from functools import partial
 from baton.clock import Clock
 from baton.telemetry import Histogram
 from control_plane.controller import Controller
-from control_plane.core.commands import Outbox
-from control_plane.core.model import FLEET, AttemptId, AttemptState, RunState, TaskState
+from control_plane.core.commands import Outbox, Refused
+from control_plane.core.model import AttemptState, RunState, TaskState
 from control_plane.core.shard import RunShard
 from control_plane.core.span_model import Change
 from control_plane.core.span_times import overlapping_owners
@@ -175,7 +175,7 @@ class Meter:
             await self._controller.read(shard, partial(self._count_runs, shard, uids), timeout=READ_TIMEOUT)
         except NotOwned:
             return False
-        except StoreDown:
+        except (StoreDown, Refused):
             self._dirty.setdefault(shard, set()).update(uids)
             return False
         return True

@@ -70,3 +70,18 @@ class SessionsConfig:
     """Profile name -> values; raises KeyError."""
     check_marks: Callable[[list[pb.ShardMark], str], Awaitable[bool]]
     """PROTOCOL J12: True if the marks show that the store was restored (and it is said so in the store)."""
+
+
+def check_hello(stream: AgentStream, hello: pb.Hello, federation_uid: str) -> None:
+    """Whether a Hello is whole, and may speak for its cluster in this federation (S1). Raises Refuse."""
+    if not hello.cluster or not hello.instance or not hello.boot_id or not hello.journal_uid:
+        raise Refuse("INVALID_ARGUMENT", "hello needs cluster, instance, boot_id and journal_uid", 10.0)
+    if stream.peer_cluster is not None and stream.peer_cluster != hello.cluster:
+        raise Refuse(
+            "DENIED", f"the certificate is for cluster {stream.peer_cluster}, hello says {hello.cluster}", 30.0
+        )
+    if hello.federation_uid and hello.federation_uid != federation_uid:
+        raise Refuse("DENIED", "this agent's journal belongs to another federation", 30.0)
+    if hello.marks and not hello.federation_uid:
+        # Nothing could be compared with them, and a restore would go unseen (J12).
+        raise Refuse("INVALID_ARGUMENT", "hello cites marks without the federation they are of", 30.0)

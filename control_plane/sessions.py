@@ -31,7 +31,7 @@ from control_plane.heartbeats import BEAT_TIMEOUT, Beating, Heartbeats
 from control_plane.peers import CallContext, CallFailed, CallLost, single
 from control_plane.refusals import NotOwned, OutcomeUnknown, StoreDown
 from control_plane.router import Router
-from control_plane.session import AgentStream, Refuse, Session, SessionsConfig, StreamClosed
+from control_plane.session import AgentStream, Refuse, Session, SessionsConfig, StreamClosed, check_hello
 from control_plane.session_calls import ALIVE, INVENTORY, LOSE, OPEN, decode_grant, encode_lose, encode_open
 from control_plane.store import keys
 from control_plane.store.base import Ambiguous, Compare, NotApplied, Put, Store, Txn, Unavailable
@@ -171,17 +171,7 @@ class Sessions:
     def _admit(self, stream: AgentStream, hello: pb.Hello) -> LeaseValues:
         if self._draining:
             raise Refuse("DRAINING", "this replica is shutting down; use another", 0.0)
-        if not hello.cluster or not hello.instance or not hello.boot_id or not hello.journal_uid:
-            raise Refuse("INVALID_ARGUMENT", "hello needs cluster, instance, boot_id and journal_uid", 10.0)
-        if stream.peer_cluster is not None and stream.peer_cluster != hello.cluster:
-            raise Refuse(
-                "DENIED", f"the certificate is for cluster {stream.peer_cluster}, hello says {hello.cluster}", 30.0
-            )
-        if hello.federation_uid and hello.federation_uid != self._config.federation_uid:
-            raise Refuse("DENIED", "this agent's journal belongs to another federation", 30.0)
-        if hello.marks and not hello.federation_uid:
-            # Nothing could be compared with them, and a restore would go unseen (J12).
-            raise Refuse("INVALID_ARGUMENT", "hello cites marks without the federation they are of", 30.0)
+        check_hello(stream, hello, self._config.federation_uid)
         try:
             return self._config.leases(hello.profile or "balanced")
         except KeyError:

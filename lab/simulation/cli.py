@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 import time
 from collections import Counter
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if verdict.violations:
             worst = verdict.violations[0]
             print(f"seed {verdict.seed}: {worst.invariant} at {worst.at:.1f} s: {worst.text}")
-            chosen = f" --faults '{options.faults}'" if options.faults else ""
+            chosen = f" --faults {shlex.quote(options.faults)}" if options.faults else ""
             print(f"    reproduce: scripts/sim --seed {verdict.seed}{chosen}", flush=True)
     return _sum_up(verdicts, time.perf_counter() - begin)
 
