@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
 
-from baton import names
+from baton import names, pythontask
 from baton.v1 import graph_pb2, run_pb2
 
 MAX_TASKS = 1_000_000
@@ -144,12 +144,15 @@ def _judge(spec: graph_pb2.GraphSpec, at: str, faults: _Faults) -> None:
             )
         else:
             index[task_id] = number
+    for place, message in pythontask.code_faults(spec.codes):
+        faults.add(f"{at}.codes{place}", message)
+    codes = frozenset(code.sha256 for code in spec.codes)
     for number, task in enumerate(spec.tasks):
-        _judge_task(task, f"{at}.tasks[{number}]", faults)
+        _judge_task(task, codes, f"{at}.tasks[{number}]", faults)
     _judge_shape(spec, at, index, faults)
 
 
-def _judge_task(task: graph_pb2.Task, at: str, faults: _Faults) -> None:
+def _judge_task(task: graph_pb2.Task, codes: frozenset[str], at: str, faults: _Faults) -> None:
     if task.trigger_rule not in _TRIGGERS:
         faults.add(f"{at}.trigger_rule", f"{task.trigger_rule} is no trigger rule this version knows")
     if task.on_cluster_lost not in _LOST:
@@ -167,6 +170,9 @@ def _judge_task(task: graph_pb2.Task, at: str, faults: _Faults) -> None:
     _judge_places(task, at, faults)
     if task.WhichOneof("kind") is None:
         faults.add(f"{at}.process", "is missing: say what the task runs")
+    elif task.HasField("python"):
+        for place, message in pythontask.faults(task.python, task.parents, codes):
+            faults.add(f"{at}.python.{place}", message)
     else:
         _judge_process(task.process, f"{at}.process", faults)
 

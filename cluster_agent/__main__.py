@@ -16,6 +16,7 @@ from cluster_agent.config import AgentConfig, BadConfig, from_arguments
 from cluster_agent.disk import DiskFailure, RealDisk
 from cluster_agent.executors.process import ProcessExecutor
 from cluster_agent.journal import JournalCorrupt
+from cluster_agent.metrics import AgentPage
 from cluster_agent.transport_grpc import BadEndpoint, GrpcTransport, TlsFiles
 
 FAILED, BAD_CONFIG, BAD_JOURNAL, BAD_DISK = 1, 2, 3, 4
@@ -86,10 +87,15 @@ async def _serve(config: AgentConfig, transport: GrpcTransport, boot_id: str) ->
     disk = RealDisk(config.directory)
     executor = ProcessExecutor(config.directory / "guard", clock)
     agent = Agent(config, clock, SystemEntropy(), transport, executor, disk, boot_id=boot_id)
+    page = AgentPage(config, agent, executor, clock)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, lambda: agent.stop(drain=config.drain_on_term))
     loop.add_signal_handler(signal.SIGINT, agent.stop)
-    await agent.run()
+    await page.start()
+    try:
+        await agent.run()
+    finally:
+        await page.close()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.leases import DEFAULT_PROFILE, PROFILES, LeaseValues, UnsafeLease, check
+from baton.webport import NotLoopback, check_address
 from cluster_agent.core.capacity import NodeSpec
 
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -78,6 +79,12 @@ class AgentConfig:
     drain_seconds: float = 60.0
     """Longest drain; after it the agent leaves without a goodbye, and the session ends by time."""
     log_level: str = "info"
+    metrics_listen: str = ""
+    """host:port of /metrics and /healthz; empty: none."""
+    metrics_anywhere: bool = False
+    """They may be reached from other machines, although nobody there is asked who they are."""
+    metrics_port_file: Path | None = None
+    """Where to write their host:port once they are served."""
 
 
 def parse_size(text: str | int) -> int:
@@ -137,6 +144,9 @@ FILE_KEYS = {
     "drain",
     "drain_seconds",
     "log_level",
+    "metrics_listen",
+    "metrics_anywhere",
+    "metrics_port_file",
 }
 
 
@@ -177,7 +187,22 @@ def build(values: Mapping[str, Any]) -> AgentConfig:
         drain_on_term=bool(values.get("drain", False)),
         drain_seconds=drain_seconds,
         log_level=_level(str(values.get("log_level", "info"))),
+        metrics_listen=_metrics_listen(values),
+        metrics_anywhere=bool(values.get("metrics_anywhere", False)),
+        metrics_port_file=Path(values["metrics_port_file"]) if values.get("metrics_port_file") else None,
     )
+
+
+def _metrics_listen(values: Mapping[str, Any]) -> str:
+    address = str(values.get("metrics_listen", ""))
+    try:
+        if address:
+            check_address(address, anywhere=bool(values.get("metrics_anywhere", False)))
+    except NotLoopback as error:
+        raise BadConfig(f"metrics_listen: {error}: listen on 127.0.0.1, or say --metrics-anywhere") from error
+    except ValueError as error:
+        raise BadConfig(f"metrics_listen: {error}") from error
+    return address
 
 
 def _strings(values: Mapping[str, Any], key: str) -> tuple[str, ...]:
@@ -251,6 +276,9 @@ def arguments() -> argparse.ArgumentParser:
     add("--drain", action="store_true", default=None, help="on SIGTERM kill all work, report it, say goodbye")
     add("--drain-seconds", type=float, help="longest drain (default 60)")
     add("--log-level", help="debug, info (default), warning or error")
+    add("--metrics-listen", metavar="HOST:PORT", help="serve /metrics and /healthz there (default: nowhere)")
+    add("--metrics-anywhere", action="store_true", default=None, help="let --metrics-listen be beyond loopback")
+    add("--metrics-port-file", metavar="PATH", help="write the port of --metrics-listen here")
     return parser
 
 

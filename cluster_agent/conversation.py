@@ -229,6 +229,7 @@ class Conversation:
         if sent is None or self.generation is None:
             return  # a silent guard's, or one we never sent
         self.answered = True
+        self._parts.reconciler.heartbeat_seconds = self._answered_at - sent
         self._beats = {seq: at for seq, at in self._beats.items() if seq > ack.seq}
         event = on.HeartbeatAcked(self.number, self.generation, sent, ack.server_wall_ms)
         await self._parts.reconciler.post(event)

@@ -84,6 +84,10 @@ class Reconciler:
         self._rejoin = asyncio.Event()
         self.joined = asyncio.Event()
         """Set once the executor was joined for the first time; its features are known from then on."""
+        self.journal_errors = 0
+        """Writes that the disk refused."""
+        self.heartbeat_seconds = 0.0
+        """Round trip of the last heartbeat that was answered; the session's to set."""
         self._writable = True
         self._doubted = False
         self._withheld: list[Action] = []
@@ -139,6 +143,7 @@ class Reconciler:
         try:
             await writing
         except DiskFailure as error:
+            self.journal_errors += 1
             if self._writable:
                 log.error("The journal cannot be written; no work is accepted.", extra={"cause": str(error)})
             return False

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import signal
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from baton.clock import SystemClock, SystemEntropy
 from control_plane.config import BadConfig, Config, TlsPaths, from_arguments
 from control_plane.history import HistoryDown
 from control_plane.history_sqlite import SqliteHistory
+from control_plane.observing import Observing, write_port
 from control_plane.refusals import Corrupt, IncompatibleFederation
 from control_plane.server import GrpcServer, Identity, Listener, Parts, Replica, live
 from control_plane.snapshot_process import HelperProcess
@@ -124,6 +124,7 @@ async def _serve(config: Config) -> int:
     helper = HelperProcess(_helper_arguments(config))
     server = GrpcServer(Listener(config.listen, config.tls, config.serves_reflection))
     history = SqliteHistory(config.history)
+    watching = Observing(config)
     parts = Parts(
         store=store,
         make_keeper=lambda: ThreadedLeaseKeeper(config.etcd, tls=etcd_tls, clock=clock),
@@ -133,13 +134,16 @@ async def _serve(config: Config) -> int:
         history=history,
         snapshotter=helper,
         backup=lambda: _backup(config, etcd_tls),
+        meter=watching.meter,
+        archived=watching.archived,
     )
     address = config.advertise or server.address
     replica = Replica(Identity(config.replica, address, config.lease_ttl, _version()), parts)
     try:
-        return await _until_stopped(config, store, server, replica, stop)
+        return await _until_stopped(config, store, server, replica, stop, watching)
     finally:
         with suppress(asyncio.CancelledError):
+            await watching.close()
             await replica.kill()
             await server.stop()
             await helper.close()
@@ -150,11 +154,16 @@ async def _serve(config: Config) -> int:
 
 
 async def _until_stopped(
-    config: Config, store: EtcdStore, server: GrpcServer, replica: Replica, stop: asyncio.Event
+    config: Config,
+    store: EtcdStore,
+    server: GrpcServer,
+    replica: Replica,
+    stop: asyncio.Event,
+    watching: Observing,
 ) -> int:
     """Serve until a signal or a failure."""
     asked = asyncio.create_task(stop.wait())
-    life = asyncio.create_task(_live(config, store, server, replica))
+    life = asyncio.create_task(_live(config, store, server, replica, watching))
     try:
         await asyncio.wait({asked, life}, return_when=asyncio.FIRST_COMPLETED)
         if life.done():
@@ -170,18 +179,17 @@ async def _until_stopped(
         await asyncio.gather(life, return_exceptions=True)
 
 
-async def _live(config: Config, store: EtcdStore, server: GrpcServer, replica: Replica) -> None:
-    """Gate, start, tell the port, run."""
+async def _live(config: Config, store: EtcdStore, server: GrpcServer, replica: Replica, watching: Observing) -> None:
+    """Gate, start, tell the ports, run."""
     await _gate(config, store)
+    await watching.start(replica, server)
     await live(replica, server, lambda: _started(config, server))
 
 
 def _started(config: Config, server: GrpcServer) -> None:
     log.info("listening", extra={"address": server.address})
     if config.port_file is not None:
-        whole = config.port_file.with_name(f"{config.port_file.name}.{os.getpid()}")
-        whole.write_text(f"{server.address}\n", encoding="ascii")
-        whole.replace(config.port_file)
+        write_port(config.port_file, server.address)
 
 
 async def _gate(config: Config, store: EtcdStore) -> None:

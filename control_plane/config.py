@@ -66,6 +66,14 @@ class Config:
     allow_unsafe_etcd: bool = False
     """Start on an etcd that breaks guarantees Baton stands on. For a first look, never for work."""
     log_level: str = "info"
+    metrics_listen: str = ""
+    """host:port of the web port: metrics, health, traces; empty: none."""
+    metrics_anywhere: bool = False
+    """The web port may be reached from other machines, although it asks nobody who they are."""
+    metrics_port_file: Path | None = None
+    """Where to write the web port's host:port once it listens."""
+    otlp_endpoint: str = ""
+    """http://host:port on loopback or https://host:port of an OTLP (gRPC) collector of finished runs' spans; empty: none."""
 
     @property
     def serves_reflection(self) -> bool:
@@ -137,6 +145,10 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "reflection": _flag,
     "allow_unsafe_etcd": _flag,
     "log_level": _text,
+    "metrics_listen": _text,
+    "metrics_anywhere": _flag,
+    "metrics_port_file": _path,
+    "otlp_endpoint": _text,
 }
 
 _TABLES = ("tls", "etcd_tls")
@@ -215,8 +227,30 @@ def _check(config: Config) -> None:
         raise BadConfig(f"etcd_prefix {config.etcd_prefix!r} must be ASCII and end in /")
     if not MIN_LEASE_TTL <= config.lease_ttl <= MAX_LEASE_TTL:
         raise BadConfig(f"lease_ttl is {config.lease_ttl:g}: use {MIN_LEASE_TTL:g} to {MAX_LEASE_TTL:g} seconds")
+    if config.metrics_listen:
+        split_address(config.metrics_listen, "metrics_listen", port_zero=True)
+        if not is_loopback(config.metrics_listen) and not config.metrics_anywhere:
+            raise BadConfig(
+                f"metrics_listen: {config.metrics_listen} can be reached from other machines, and whoever asks there is not "
+                "asked who they are: listen on 127.0.0.1, or say --metrics-anywhere"
+            )
+    _check_collector(config.otlp_endpoint)
     if config.log_level not in LOG_LEVELS:
         raise BadConfig(f"log_level {config.log_level!r} is none of {', '.join(LOG_LEVELS)}")
+
+
+def _check_collector(endpoint: str) -> None:
+    """Spans name runs, tasks and clusters: in plain text on loopback only. Raises BadConfig."""
+    if not endpoint:
+        return
+    scheme, found, address = endpoint.rpartition("://")
+    if found and scheme not in ("http", "https"):
+        raise BadConfig(f"otlp_endpoint: {endpoint!r} is neither http://host:port nor https://host:port")
+    split_address(address, "otlp_endpoint")
+    if scheme != "https" and not is_loopback(address):
+        raise BadConfig(
+            f"otlp_endpoint: {endpoint} is not on this host, and plain text is spoken on loopback only: use https"
+        )
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -243,6 +277,10 @@ def arguments() -> argparse.ArgumentParser:
     add("--reflection", action=argparse.BooleanOptionalAction, help="serve gRPC reflection (default: on loopback)")
     add("--allow-unsafe-etcd", action="store_true", default=None, help="start on an etcd with known consistency bugs")
     add("--log-level", metavar="LEVEL", help=f"{', '.join(LOG_LEVELS)} (default info)")
+    add("--metrics-listen", metavar="HOST:PORT", help="serve /metrics, /healthz and traces there (default: nowhere)")
+    add("--metrics-anywhere", action="store_true", default=None, help="let --metrics-listen be beyond loopback")
+    add("--metrics-port-file", type=Path, metavar="PATH", help="write the port of --metrics-listen here")
+    add("--otlp-endpoint", metavar="URL", help="send finished runs' spans to this collector (OTLP over gRPC)")
     for prefix, whom in (("tls", "callers"), ("etcd-tls", "etcd")):
         add(f"--{prefix}-cert", metavar="PEM", help=f"our certificate, shown to {whom}")
         add(f"--{prefix}-key", metavar="PEM", help="its key")

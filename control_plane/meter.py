@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from baton.clock import Clock
 from baton.telemetry import Histogram
+from baton.v1 import run_pb2
 from control_plane.controller import Controller
 from control_plane.core.commands import Outbox, Refused
 from control_plane.core.model import AttemptState, RunState, TaskState
@@ -92,7 +93,7 @@ class Meter:
         self._dirty: dict[str, set[str]] = {}
         self._seen: dict[str, dict[str, int]] = {}
         """Shard -> run uid -> number of the last event counted."""
-        self._unchecked: deque[Archive] = deque(maxlen=CHECKED_RUNS)
+        self._unchecked: deque[tuple[str, Sequence[run_pb2.RunEvent]]] = deque(maxlen=CHECKED_RUNS)
         self._checked: dict[str, None] = {}
         self.by_namespace: dict[str, Counts] = {}
         self.commit_seconds = Histogram(COMMIT_SECONDS)
@@ -134,7 +135,7 @@ class Meter:
         if len(self._checked) > REMEMBERED:
             del self._checked[next(iter(self._checked))]
         self.runs_unchecked += len(self._unchecked) == CHECKED_RUNS
-        self._unchecked.append(archive)
+        self._unchecked.append((archive.run.name, archive.events))
 
     def _on_commit(self, shards: int, size: int, seconds: float) -> None:
         self.commit_seconds.observe(seconds)
@@ -160,12 +161,12 @@ class Meter:
                     break
                 await self._clock.sleep(0)
         while self._unchecked:
-            archive = self._unchecked.popleft()
-            found = await asyncio.to_thread(_check, archive)
+            name, events = self._unchecked.popleft()
+            found = await asyncio.to_thread(_check, events)
             self.runs_checked += 1
             self.overlapping_owners += found
             if found:
-                log.error("two owners of a task at once", extra={"run": archive.run.name, "placements": found})
+                log.error("two owners of a task at once", extra={"run": name, "placements": found})
 
     async def _count_shard(self, shard: str, uids: list[str]) -> bool:
         """Count some runs; False if the shard is not to be asked now."""
@@ -201,12 +202,12 @@ class Meter:
             if view.state.final:
                 del seen[uid]
 
+    def label(self, namespace: str) -> str:
+        """Under which name a namespace is counted."""
+        return namespace if namespace in self.by_namespace or len(self.by_namespace) < NAMESPACES else OTHER
+
     def _of(self, namespace: str) -> Counts:
-        found = self.by_namespace.get(namespace)
-        if found is None:
-            label = namespace if len(self.by_namespace) < NAMESPACES else OTHER
-            found = self.by_namespace.setdefault(label, Counts())
-        return found
+        return self.by_namespace.setdefault(self.label(namespace), Counts())
 
 
 _ENDINGS = {"failed", "skipped", "cancelled", "deadline"}
@@ -252,11 +253,9 @@ def _count_failures(counts: Counts, view: RunView, event: RunEventView, machine:
     _add(counts.attempts, "failed", len(failures[FAILURES_A_READ:]))
 
 
-def _check(archive: Archive) -> int:
+def _check(events: Iterable[run_pb2.RunEvent]) -> int:
     """Placements of a task that had an owner. In a thread: the run may be large."""
     rows = (
-        Change(0, event.kind, row.index, row.attempt, TaskState(row.state))
-        for event in archive.events
-        for row in event.changes
+        Change(0, event.kind, row.index, row.attempt, TaskState(row.state)) for event in events for row in event.changes
     )
     return overlapping_owners(rows)

@@ -92,6 +92,11 @@ class GrpcServer:
         self._peers = GrpcPeers(replica, clock, address_of, self._open_channel, self._may_be_peer)
         return self._peers
 
+    @property
+    def dropped_messages(self) -> int:
+        """Messages to peers that found their queue full."""
+        return self._peers.dropped if self._peers is not None else 0
+
     async def start(self, replica: Replica) -> None:
         """Serve a replica that has been started; not yet SERVING."""
         parts = replica.parts

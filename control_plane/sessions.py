@@ -115,7 +115,7 @@ class Sessions:
     # -- opening ------------------------------------------------------------------------------------------------------
 
     async def _open(self, stream: AgentStream) -> Session:
-        """Steps: 1 Hello; 2 identity; 3 J12 marks; 4 generation from fleet; 5 claim the session key; 6 Welcome; 7 inventories."""
+        """1 Hello; 2 identity; 3 J12 marks; 4 generation from fleet; 5 claim the session key; 6 Welcome; 7 inventories."""
         async with asyncio.timeout(HELLO_WAIT):
             first = await stream.receive()
         if first.WhichOneof("message") != "hello":
@@ -161,9 +161,8 @@ class Sessions:
             replicas=sorted(member.address for member in self._view.members.values()),
         )
         stream.send(pb.SessionResponse(welcome=welcome))
-        log.info(
-            "session open", extra={"cluster": hello.cluster, "generation": grant.generation, "resumed": grant.resumed}
-        )
+        told = {"cluster": hello.cluster, "generation": grant.generation, "resumed": grant.resumed}
+        log.info("session open", extra=told)
         for shard in RUN_SHARDS:
             self._tell_inventory(session, shard)
         return session
@@ -186,8 +185,8 @@ class Sessions:
         served = self._view.sessions.get(uid)
         if served is None or served.ended or served.replica in ("", self._router.replica):
             return False
-        asking = self._router.ask(served.replica, ALIVE, hello.cluster.encode(), timeout=ALIVE_TIMEOUT)
         try:
+            asking = self._router.ask(served.replica, ALIVE, hello.cluster.encode(), timeout=ALIVE_TIMEOUT)
             there = (await single(asking)).decode()
         except (CallLost, CallFailed):
             return False  # nobody that serves it can be asked: the agent may well have come from there
@@ -204,8 +203,7 @@ class Sessions:
         except KeyError:
             lease = None
         if lease is None or lease.lost + lease.guard > grant.recovery_seconds:
-            reason = f"generation {grant.generation} was opened with another profile {grant.profile}; it must end first"
-            raise Refuse("GENERATION_ENDING", reason)
+            raise Refuse("GENERATION_ENDING", f"it was opened with another profile {grant.profile}; it must end first")
         return lease
 
     async def _generation(self, hello: pb.Hello, lease: LeaseValues, *, rival: bool) -> SessionGrant:
@@ -238,8 +236,7 @@ class Sessions:
         return decode_grant(answer)
 
     async def _claim(self, cluster: str, generation: int) -> tuple[bytes, int]:
-        """Make this replica the serving one, by comparing the value that holds the generation (S2). Its new value, and the
-        revision of the claim."""
+        """Become the serving replica, by comparing the value that holds the generation (S2): the new value, its revision."""
         key = keys.session_owner(cluster)
         for _ in range(5):
             try:
@@ -251,9 +248,8 @@ class Sessions:
                     raise Refuse("GENERATION_ENDED", f"generation {generation} has ended", 0.0)
                 fields |= {"replica": self._router.replica, "nonce": self._entropy.token(8)}
                 value = json.dumps(fields, sort_keys=True).encode()
-                swap = Txn(
-                    [Compare.equals(key, current.value), Compare.absent(keys.RESTORED_SUSPECTED)], [Put(key, value)]
-                )
+                unchanged = Compare.equals(key, current.value)
+                swap = Txn([unchanged, Compare.absent(keys.RESTORED_SUSPECTED)], [Put(key, value)])
                 result = await self._store.txn(swap, timeout=BEAT_TIMEOUT)
                 if result.succeeded:
                     return value, result.revision

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 QUEUED_RUNS = 256
 """Runs that wait to be exported. Fewer: a burst of short runs loses traces; more: memory, for a collector that is down."""
 
+QUEUED_TASKS = 100_000
+"""Tasks of the runs that wait, together: about 100 MB. One larger run may wait alone."""
+
 EXPORT_SECONDS = 5.0
 """For one request to the collector. Longer only lets a dead one hold back the next run."""
 
@@ -45,7 +48,9 @@ class SpanSender:
 
     def __init__(self, exporter: SpanExporter) -> None:
         self._exporter = exporter
-        self._waiting: queue.Queue[Work | None] = queue.Queue(QUEUED_RUNS)
+        self._waiting: queue.Queue[tuple[Work, int] | None] = queue.Queue(QUEUED_RUNS)
+        self._tasks = 0
+        self._lock = threading.Lock()
         self._leaving = threading.Event()
         self.sent_spans = 0
         self.failed_runs = 0
@@ -55,14 +60,19 @@ class SpanSender:
         self._thread = threading.Thread(target=self._run, name="otlp", daemon=True)
         self._thread.start()
 
-    def offer(self, work: Work) -> bool:
-        """Export the spans that `work` makes, some time; False if too much waits: then it is dropped. Never blocks."""
-        try:
-            self._waiting.put_nowait(work)
-        except queue.Full:
-            self.dropped_runs += 1
-            return False
-        return True
+    def offer(self, work: Work, tasks: int = 1) -> bool:
+        """Export the spans that `work` makes, some time; False if too much waits: then it is dropped. Never blocks. `tasks`: how
+        large the run is that `work` holds."""
+        with self._lock:
+            fits = not self._tasks or self._tasks + tasks <= QUEUED_TASKS
+            if fits:
+                try:
+                    self._waiting.put_nowait((work, tasks))
+                    self._tasks += tasks
+                except queue.Full:
+                    fits = False
+            self.dropped_runs += not fits
+        return fits
 
     def close(self) -> None:
         """End; what waits is dropped. Blocks LEAVE_SECONDS at most."""
@@ -79,14 +89,16 @@ class SpanSender:
         self._thread.join(LEAVE_SECONDS / 2)
 
     def _run(self) -> None:
-        while (work := self._waiting.get()) is not None and not self._leaving.is_set():
+        while (next_ := self._waiting.get()) is not None and not self._leaving.is_set():
+            work, tasks = next_
             try:
-                spans = work()
-                if not self._send(spans):
+                if not self._send(work()):
                     self.failed_runs += 1
             except Exception:  # whatever the exporter raises must not end the thread
                 self.failed_runs += 1
                 log.exception("a trace could not be exported")
+            with self._lock:
+                self._tasks -= tasks
 
     def _send(self, spans: Sequence[trace_pb2.Span]) -> bool:
         for start in range(0, len(spans), EXPORT_SPANS):

@@ -1,0 +1,112 @@
+"""What a `python` task must be, and how its arguments name results of other tasks: the words the SDK, the judge and the
+worker share.
+
+Arguments are JSON: an array is positional, an object is named, and the name "$baton.args" in an object holds positional
+ones. Anywhere in them {"$baton.result": "<task id>"} stands for the result of that parent, put in its place on the
+cluster where the task runs. (cluster_agent/guard/python_worker.py reads the same words without importing this: it runs
+where nothing of Baton is installed.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+
+from baton.v1 import graph_pb2
+
+RESULT_KEY, ARGS_KEY = "$baton.result", "$baton.args"
+
+MAX_ARGS_BYTES = 64 * 1024
+"""Published limit of DESIGN section 14."""
+
+MAX_REQUIREMENTS = 64
+MAX_REQUIREMENT = 300
+"""Of one requirement, in characters: an URL fits. Larger sets are better a package of their own."""
+
+MAX_CODE_BYTES = 64 * 1024
+"""Of packed code. It is stored in the run's journal, where a batch has room for 256 KiB a shard (PROTOCOL J2), and goes
+with each batch of dispatches; larger code has to be installed, or wait for artifacts."""
+
+MAX_CODES = 8
+"""Distinct codes of a graph: one is usual. More would let one graph fill a journal batch."""
+
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+_REQUIREMENT = re.compile(
+    r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\s*(\[[A-Za-z0-9._,\s-]*\])?\s*"
+    r"(@\s*[a-z+]+://\S+|\(?[<>=!~][<>=!~\w.*+,\s-]*\)?)?\s*(;[^\n]*)?"
+)
+
+Fault = tuple[str, str]
+"""A path below the task, and what is wrong there."""
+
+
+def faults(task: graph_pb2.PythonTask, parents: Sequence[str], codes: frozenset[str]) -> Iterator[Fault]:
+    """All faults of a call. `codes`: hashes of the code that comes with the graph."""
+    if not _FUNCTION.fullmatch(task.function) or len(task.function) > 300:
+        yield "function", "write module:function, such as steps.clean:run (letters, digits, underscores and dots)"
+    if (problem := args_problem(task.args_json, parents)) is not None:
+        yield "args_json", problem
+    if len(task.requirements) > MAX_REQUIREMENTS:
+        yield "requirements", f"has {len(task.requirements)} entries: at most {MAX_REQUIREMENTS} are allowed"
+    for position, requirement in enumerate(task.requirements[:MAX_REQUIREMENTS]):
+        if len(requirement) > MAX_REQUIREMENT or not _REQUIREMENT.fullmatch(requirement):
+            yield (
+                f"requirements[{position}]",
+                "is no package as pip names one, such as numpy==2.1.0 (no options, no paths)",
+            )
+    if task.code and task.code not in codes:
+        yield "code", "is not among the graph's codes: send the packed code with the graph"
+
+
+def args_problem(text: str, parents: Sequence[str]) -> str | None:
+    """What is wrong with the arguments; None if nothing is."""
+    size = len(text.encode(errors="replace"))
+    if size > MAX_ARGS_BYTES:
+        return f"holds {size} bytes: at most {MAX_ARGS_BYTES} are allowed; let the function read bigger data itself"
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        return "is nested too deeply"
+    except ValueError as error:
+        return f"is no JSON: {error}"
+    if not isinstance(value, list | dict):
+        return "must be a JSON array (positional arguments) or object (named ones)"
+    if isinstance(value, dict) and not isinstance(value.get(ARGS_KEY, []), list):
+        return f"has a {ARGS_KEY} that is no array"
+    known = set(parents)
+    for reference in results_in(value):
+        if not isinstance(reference, str) or reference not in known:
+            return f"asks for the result of {json.dumps(reference)[:80]}, which is none of the task's parents"
+    return None
+
+
+def results_in(value: object) -> Iterator[object]:
+    """What every reference to a result in JSON arguments names."""
+    queue = [value]
+    while queue:
+        here = queue.pop()
+        if isinstance(here, list):
+            queue.extend(here)
+        elif isinstance(here, dict):
+            if len(here) == 1 and RESULT_KEY in here:
+                yield here[RESULT_KEY]
+            else:
+                queue.extend(here.values())
+
+
+def code_faults(codes: Sequence[graph_pb2.Code]) -> Iterator[Fault]:
+    """All faults of the code that comes with a graph."""
+    if len(codes) > MAX_CODES:
+        yield "", f"has {len(codes)} entries: at most {MAX_CODES} are allowed"
+        return
+    for position, code in enumerate(codes):
+        if len(code.zip) > MAX_CODE_BYTES:
+            yield f"[{position}].zip", f"holds {len(code.zip)} bytes: at most {MAX_CODE_BYTES} are allowed"
+        elif hashlib.sha256(code.zip).hexdigest() != code.sha256:
+            yield f"[{position}].sha256", "is not the hash of the zip beside it"
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON value")

@@ -1,0 +1,102 @@
+"""An agent's metrics and health, made when they are asked for: docs/metrics.md says what each one means.
+
+Nothing is counted per task: attempts, lease and link are read from the machine's state at scrape time. The library of Prometheus
+is loaded only if a port was asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from baton.clock import Clock
+from baton.telemetry import COUNTER, GAUGE, Family
+from baton.webport import Answer, WebPort, check_address
+from cluster_agent.agent import Agent
+from cluster_agent.config import AgentConfig
+from cluster_agent.core.model import Phase
+from cluster_agent.executors.base import Executor
+from cluster_agent.reconciler import Reconciler
+
+log = logging.getLogger("baton.agent")
+
+Text = Callable[[Iterable[Family]], bytes]
+
+
+def families(cluster: str, reconciler: Reconciler, executor: Executor, now: float) -> list[Family]:
+    """What there is at boot time `now`; every sample carries the cluster's name."""
+    machine, label = reconciler.machine, ("cluster",)
+    link = machine.link
+    margin = max(0.0, link.renewed_at + link.fence_seconds - now) if link.renewed_at is not None else 0.0
+
+    def gauge(name: str, help_: str, value: float) -> Family:
+        return Family(name, GAUGE, help_, label).add(value, cluster)
+
+    attempts = Family("baton_agent_attempts", GAUGE, "Attempts held here, by phase.", ("cluster", "phase"))
+    phases = Counter(attempt.phase for attempt in machine.state.attempts.values())
+    for phase in Phase:
+        attempts.add(phases[phase], cluster, phase.value)
+    found = [
+        attempts,
+        gauge("baton_agent_session_up", "1 while owners' messages count and reports may leave.", int(link.ready)),
+        gauge(
+            "baton_agent_lease_margin_seconds", "How long work may go on if no heartbeat is answered any more.", margin
+        ),
+        gauge(
+            "baton_agent_heartbeat_seconds", "Round trip of the last answered heartbeat.", reconciler.heartbeat_seconds
+        ),
+        Family("baton_agent_journal_errors_total", COUNTER, "Writes that the disk refused.", label).add(
+            reconciler.journal_errors, cluster
+        ),
+    ]
+    ticked = executor.ticked_at()
+    if ticked > 0:
+        found.append(gauge("baton_agent_guard_tick_age_seconds", "Since the guard's last sign of life.", now - ticked))
+    return found
+
+
+class AgentPage:
+    """The web port of one agent."""
+
+    def __init__(self, config: AgentConfig, agent: Agent, executor: Executor, clock: Clock) -> None:
+        self._config, self._agent, self._executor, self._clock = config, agent, executor, clock
+        self._port: WebPort | None = None
+        self._text: Text = lambda _: b""
+        self._content_type = ""
+
+    async def start(self) -> None:
+        """Listen, if the configuration says so. Raises OSError."""
+        config = self._config
+        if not config.metrics_listen:
+            return
+        from baton.telemetry import prometheus  # noqa: PLC0415 - only agents that are scraped load it
+
+        self._text, self._content_type = prometheus.text, prometheus.CONTENT_TYPE
+        self._port = WebPort(self.route)
+        await self._port.start(*check_address(config.metrics_listen, anywhere=config.metrics_anywhere))
+        log.info("Metrics are served.", extra={"address": self._port.address})
+        if config.metrics_port_file is not None:
+            whole = config.metrics_port_file.with_name(f"{config.metrics_port_file.name}.{os.getpid()}")
+            whole.write_text(f"{self._port.address}\n", encoding="ascii")
+            whole.replace(config.metrics_port_file)
+
+    async def close(self) -> None:
+        """End."""
+        if self._port is not None:
+            await self._port.close()
+
+    async def route(self, path: str) -> Answer | None:
+        """See `webport.Route`. Healthy: owners' messages count."""
+        reconciler = self._agent.reconciler
+        if path == "/healthz":
+            good = reconciler is not None and reconciler.machine.link.ready
+            return Answer(b"ok\n" if good else b"there is no session\n", status=200 if good else 503)
+        if path != "/metrics":
+            return None
+        if reconciler is None:
+            return Answer(b"the agent starts\n", status=503)
+        found = families(self._config.cluster, reconciler, self._executor, self._clock.boot())
+        return Answer(await asyncio.to_thread(self._text, found), self._content_type)
