@@ -2,4 +2,38 @@
 
 Imports neither plane. What lives here is what a user may import; `clock` and `random` sources come from here so that
 nothing else in the tree reads a clock or rolls a die on its own.
+
+`from baton import Graph, task` and the other names below are loaded when they are asked for: workers import this package
+through users' scripts, and need neither gRPC nor protobuf.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from baton.client import AsyncClient
+    from baton.errors import BatonError
+    from baton.sdk import Graph, Handle, Options, Task, task
+    from baton.sdk_run import Results, RunFailed
+
+__all__ = ["AsyncClient", "BatonError", "Graph", "Handle", "Options", "Results", "RunFailed", "Task", "task"]
+
+_HOMES = {
+    "AsyncClient": "baton.client",
+    "BatonError": "baton.errors",
+    "Graph": "baton.sdk",
+    "Handle": "baton.sdk",
+    "Options": "baton.sdk",
+    "Task": "baton.sdk",
+    "task": "baton.sdk",
+    "Results": "baton.sdk_run",
+    "RunFailed": "baton.sdk_run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'baton' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -8,17 +8,14 @@ replaced by the absolute folder of the file, for scripts and data that are insta
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
-from baton import names, quantity, validate
-from baton.pythontask import ARGS_KEY, RESULT_KEY
+from baton import graphfile_python, names, quantity, validate
 from baton.graphfile_yaml import GraphFileError, Node, Problem, Reader, parse, read_text
 from baton.v1 import graph_pb2
 
@@ -199,7 +196,7 @@ class _Loading:
             entries = self.reader.mapping(node, self._setters)
             if "parents" in entries and "after" in entries:
                 self.reader.complain(entries["after"], "is given beside `parents`", "they mean the same; keep one")
-            _choose_kind(task, entries, self.reader)
+            graphfile_python.choose_kind(task, entries, self.reader)
             for key, value in entries.items():
                 self._setters[key](task, value, at)
             if "id" not in entries and node.kind == "map":
@@ -246,41 +243,7 @@ class _Loading:
                 task.process.env[name] = self._expand(text)
 
     def _python(self, task: graph_pb2.Task, node: Node, at: str) -> None:
-        self._mark(f"{at}.python", node)
-        task.python.SetInParent()
-        arguments: dict[str, Any] = {}
-        for key, item in self.reader.mapping(node, ("function", "args", "kwargs", "requirements")).items():
-            if key == "function":
-                self._mark(f"{at}.python.function", item)
-                task.python.function = self.reader.text(item) or ""
-            elif key == "args":
-                self._mark(f"{at}.python.args_json", item)
-                arguments[ARGS_KEY] = [self._json(each) for each in self.reader.sequence(item)]
-            elif key == "kwargs":
-                self._mark(f"{at}.python.args_json", item)
-                pairs = self.reader.mapping(item, None).items()
-                arguments.update((name, self._json(each)) for name, each in pairs)
-            else:
-                task.python.ClearField("requirements")
-                task.python.requirements.extend(self._list(item, f"{at}.python.requirements"))
-        task.python.args_json = json.dumps(arguments, ensure_ascii=False)
-
-    def _json(self, node: Node) -> Any:
-        """A value of any depth, as JSON has it. Results of parents are written {result: TASK}."""
-        if node.kind == "map":
-            entries = self.reader.mapping(node, None)
-            if list(entries) == ["result"]:
-                return {RESULT_KEY: self.reader.text(entries["result"])}
-            return {name: self._json(each) for name, each in entries.items()}
-        if node.kind == "list":
-            return [self._json(each) for each in self.reader.sequence(node)]
-        if node.kind == "int":
-            return self.reader.integer(node)
-        if node.kind == "float":
-            return self.reader.number(node)
-        if node.kind == "bool":
-            return self.reader.boolean(node)
-        return None if node.kind == "null" else self._expand(self.reader.text(node) or "")
+        graphfile_python.read(self.reader, node, task.python, lambda path, item: self._mark(f"{at}.python{path}", item))
 
     def _expand(self, text: str) -> str:
         return text.replace("${here}", self.here)
@@ -415,16 +378,6 @@ class _Loading:
             self.reader.complain(node, what, "write an amount that is not negative and below 1Pi")
             return 0
         return amount
-
-
-def _choose_kind(task: graph_pb2.Task, entries: Mapping[str, Node], reader: Reader) -> None:
-    """A task's own kind wins over the one that a default brought; two of its own are one too many."""
-    if "python" not in entries:
-        return
-    for key in ("argv", "env"):
-        if key in entries:
-            reader.complain(entries[key], "is given beside `python`", "a task runs a program or a function; keep one")
-    task.ClearField("process")
 
 
 def _task_of(path: str) -> str:

@@ -13,8 +13,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from baton.v1 import graph_pb2
+if TYPE_CHECKING:  # the SDK needs the words in workers, which have no protobuf
+    from baton.v1 import graph_pb2
 
 RESULT_KEY, ARGS_KEY = "$baton.result", "$baton.args"
 

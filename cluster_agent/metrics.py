@@ -1,7 +1,7 @@
 """An agent's metrics and health, made when they are asked for: docs/metrics.md says what each one means.
 
 Nothing is counted per task: attempts, lease and link are read from the machine's state at scrape time. The library of Prometheus
-is loaded only if a port was asked for.
+is loaded at the first scrape.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import asyncio
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
 
 from baton.clock import Clock
-from baton.telemetry import COUNTER, GAUGE, Family
+from baton.telemetry import COUNTER, GAUGE, Family, exposition
 from baton.webport import Answer, WebPort, check_address
 from cluster_agent.agent import Agent
 from cluster_agent.config import AgentConfig
@@ -22,8 +21,6 @@ from cluster_agent.executors.base import Executor
 from cluster_agent.reconciler import Reconciler
 
 log = logging.getLogger("baton.agent")
-
-Text = Callable[[Iterable[Family]], bytes]
 
 
 def families(cluster: str, reconciler: Reconciler, executor: Executor, now: float) -> list[Family]:
@@ -64,17 +61,12 @@ class AgentPage:
     def __init__(self, config: AgentConfig, agent: Agent, executor: Executor, clock: Clock) -> None:
         self._config, self._agent, self._executor, self._clock = config, agent, executor, clock
         self._port: WebPort | None = None
-        self._text: Text = lambda _: b""
-        self._content_type = ""
 
     async def start(self) -> None:
         """Listen, if the configuration says so. Raises OSError."""
         config = self._config
         if not config.metrics_listen:
             return
-        from baton.telemetry import prometheus  # noqa: PLC0415 - only agents that are scraped load it
-
-        self._text, self._content_type = prometheus.text, prometheus.CONTENT_TYPE
         self._port = WebPort(self.route)
         await self._port.start(*check_address(config.metrics_listen, anywhere=config.metrics_anywhere))
         log.info("Metrics are served.", extra={"address": self._port.address})
@@ -99,4 +91,4 @@ class AgentPage:
         if reconciler is None:
             return Answer(b"the agent starts\n", status=503)
         found = families(self._config.cluster, reconciler, self._executor, self._clock.boot())
-        return Answer(await asyncio.to_thread(self._text, found), self._content_type)
+        return Answer(*await asyncio.to_thread(exposition, found))

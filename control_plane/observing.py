@@ -1,8 +1,8 @@
 """How one replica is seen from outside, wired: its meter, its web port, its exporter of spans.
 
-Part of the composition root. The libraries of Prometheus and OpenTelemetry are loaded only where they are wanted: together they
-cost a process 10 MB and the better part of a second. A web port that cannot be had ends the start; later failures of anything
-here end nothing.
+Part of the composition root. The library of OpenTelemetry is loaded only where spans are exported, that of Prometheus at the
+first scrape: together they cost a process 10 MB and the better part of a second. A web port that cannot be had ends the start;
+later failures of anything here end nothing.
 """
 
 from __future__ import annotations
@@ -59,10 +59,8 @@ class Observing:
         config = self._config
         if self.meter is None:
             return
-        from baton.telemetry import prometheus  # noqa: PLC0415 - see the module
-
         metrics = ReplicaMetrics(replica, self.meter, partial(self._more, server))
-        self._port = WebPort(Web(replica, metrics, prometheus.text, prometheus.CONTENT_TYPE).route)
+        self._port = WebPort(Web(replica, metrics).route)
         await self._port.start(*split_address(config.metrics_listen, "metrics_listen", port_zero=True))
         log.info("serving metrics", extra={"address": self._port.address})
         if config.metrics_port_file is not None:

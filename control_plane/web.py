@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable
 
 from baton import traces
 from baton.errors import BatonError
 from baton.names import InvalidName, RunName, parse_run
-from baton.telemetry import Family
+from baton.telemetry import exposition
 from baton.v1 import trace_pb2
 from baton.webport import HTML, JSON, Answer
 from control_plane.metrics import ReplicaMetrics
@@ -31,15 +30,12 @@ from control_plane.trace_page import page
 ASK_SECONDS = 20.0
 """For a trace, wherever it has to be fetched from."""
 
-Text = Callable[[Iterable[Family]], bytes]
-"""How families become what a scraper reads; the composition root's, for it imports the library."""
-
 
 class Web:
     """The routes of one replica."""
 
-    def __init__(self, replica: Replica, metrics: ReplicaMetrics, text: Text, content_type: str) -> None:
-        self._replica, self._metrics, self._text, self._content_type = replica, metrics, text, content_type
+    def __init__(self, replica: Replica, metrics: ReplicaMetrics) -> None:
+        self._replica, self._metrics = replica, metrics
 
     async def route(self, path: str) -> Answer | None:
         """See `webport.Route`."""
@@ -50,7 +46,7 @@ class Web:
             return Answer(b"the replica has not joined the federation yet\n", status=503)
         if path == "/metrics":
             families = await self._metrics.families()
-            return Answer(await asyncio.to_thread(self._text, families), self._content_type)
+            return Answer(*await asyncio.to_thread(exposition, families))
         if path.startswith("/api/traces/"):
             return await self._jaeger(path.removeprefix("/api/traces/"))
         if path.startswith("/trace/"):

@@ -245,10 +245,12 @@ def status(output: str, directory: Path | None) -> None:
         click.echo(json.dumps(found, indent=2))
         return
     click.echo(f"{found['stage']}  profile {found['profile']}  etcd {found['etcd_version']}  logs {found['logs']}\n")
-    rows = [["etcd", "etcd", found["store"]["state"], "-", str(found["store"]["pid"] or "-")]]
+    rows = [["etcd", "etcd", found["store"]["state"], "-", str(found["store"]["pid"] or "-"), "-"]]
     for kind, group in (("replica", found["replicas"]), ("cluster", found["clusters"])):
-        rows += [[kind, each["name"], each["state"], each["network"], str(each["pid"] or "-")] for each in group]
-    render.table(["KIND", "NAME", "STATE", "NETWORK", "PID"], rows)
+        for each in group:
+            web = each.get("web") if each["pid"] else ""
+            rows.append([kind, each["name"], each["state"], each["network"], str(each["pid"] or "-"), web or "-"])
+    render.table(["KIND", "NAME", "STATE", "NETWORK", "PID", "METRICS"], rows)
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

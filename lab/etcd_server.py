@@ -7,7 +7,6 @@ so a dying test leaves nothing behind. Start it from a thread that lives as long
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -21,6 +20,7 @@ from types import TracebackType
 from baton.clock import SystemClock
 from control_plane.store.etcd import TlsFiles, operator
 from lab.etcd_binary import EtcdBinary, find_etcd
+from lab.processes import mortal
 
 START_TIMEOUT = 30.0
 """Seconds until a started etcd must serve: one here, ten on a machine with a slow disk."""
@@ -33,9 +33,6 @@ PORT_TRIES = 5
 
 RPC_TIMEOUT = 30.0
 """Seconds for a snapshot or an alarm."""
-
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class EtcdServer:
@@ -170,16 +167,14 @@ class EtcdServer:
             command += ["--trusted-ca-file", str(self._tls.ca), "--client-cert-auth"]
         self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ETCD_")}
-        parent = os.getpid()
         with self.log_path.open("ab") as log:
             return subprocess.Popen(
-                [*command, *self._flags],
+                mortal([*command, *self._flags]),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=environment,
                 start_new_session=True,  # Ctrl-C in the terminal is ours to handle, not etcd's
-                preexec_fn=lambda: _die_with(parent),  # noqa: PLW1509  # two system calls, no lock, no allocation
             )
 
     def _wait_until_serving(self, process: subprocess.Popen[bytes]) -> bool:
@@ -222,10 +217,3 @@ def free_ports() -> tuple[int, int, int]:
     finally:
         for each in sockets:
             each.close()
-
-
-def _die_with(parent: int) -> None:
-    """In the child: be killed when the thread that forked us ends; end at once if it already has."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

@@ -171,10 +171,17 @@ class Federation:
             "warning": self.warning,
             "store": {**part_status(self._store, self.links, ETCD)},
             "replicas": [
-                {**part_status(each, self.links, name), "address": self.links.front(name)}
+                {
+                    **part_status(each, self.links, name),
+                    "address": self.links.front(name),
+                    "web": self.layout.web_address(name),
+                }
                 for name, each in self._replicas.items()
             ],
-            "clusters": [part_status(each, self.links, name) for name, each in self._clusters.items()],
+            "clusters": [
+                {**part_status(each, self.links, name), "web": self.layout.web_address(name)}
+                for name, each in self._clusters.items()
+            ],
         }
 
     def record(self) -> None:

@@ -107,6 +107,17 @@ class Layout:
         """Where a replica says its port."""
         return self.directory / "run" / f"{replica}.port"
 
+    def metrics_file(self, name: str) -> Path:
+        """Where a replica or an agent says its web port."""
+        return self.directory / "run" / f"{name}.metrics"
+
+    def web_address(self, name: str) -> str:
+        """host:port of its metrics and traces, as last said; empty if it said none."""
+        try:
+            return self.metrics_file(name).read_text(encoding="ascii").strip()
+        except OSError:
+            return ""
+
     def cluster(self, name: str) -> Path:
         """A cluster's private directory: the disk of that machine."""
         return self.directory / "clusters" / name

@@ -196,6 +196,7 @@ class Replica:
             *("--listen", "127.0.0.1:0", "--port-file", str(self._layout.port_file(self.name))),
             *("--replica", self.name, "--advertise", self._links.front(self.name)),
             *("--etcd", self._links.shelf(self.name), "--history", str(self._layout.history), *unsafe),
+            *("--metrics-listen", "127.0.0.1:0", "--metrics-port-file", str(self._layout.metrics_file(self.name))),
         )
 
     def _failure(self, what: str) -> PartFailed:
@@ -299,6 +300,7 @@ class Cluster:
             *("--boot-id-file", str(self._layout.boot_id(self.name)), "--profile", self._settings.profile),
             *("--cpus", str(self._settings.cpus), "--memory", f"{self._settings.cpus * GIB_PER_CPU}Gi"),
             *("--label", f"region={self.name}"),
+            *("--metrics-listen", "127.0.0.1:0", "--metrics-port-file", str(self._layout.metrics_file(self.name))),
             *(*endpoints, "--fixed-endpoints"),
         )
 

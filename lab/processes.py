@@ -19,7 +19,7 @@ from pathlib import Path
 
 import lab
 from baton.clock import SystemClock
-from cluster_agent.guard import host, proctree
+from cluster_agent.guard import proctree
 
 ROOT = Path(lab.__file__).resolve().parent.parent
 """Where children find the code: next to ours."""
@@ -74,19 +74,34 @@ def bare_python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-S", "-m", module, *arguments]
 
 
+_MORTAL = """\
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+os._exit(1)
+"""
+
+
+def mortal(command: Sequence[str]) -> list[str]:
+    """The command that runs another and is killed when the thread that started it ends (PR_SET_PDEATHSIG outlives exec).
+
+    Not a `preexec_fn`: that is Python run after a fork of a process with gRPC's threads, which now and then kills the
+    child before it has said a word."""
+    return [sys.executable, "-I", "-S", "-c", _MORTAL, str(os.getpid()), *command]
+
+
 def spawn(command: Sequence[str], log: Path, *, piped: bool = False) -> subprocess.Popen[bytes]:
     """Start a child that writes to `log` and dies with us. `piped`: its stdin and stdout are ours, unbuffered."""
-    parent = os.getpid()
     with log.open("ab") as out:
         return subprocess.Popen(
-            command,
+            command if piped else mortal(command),
             stdin=subprocess.PIPE if piped else subprocess.DEVNULL,
             stdout=subprocess.PIPE if piped else out,
             stderr=out,
             bufsize=0,
             env=environment(),
             start_new_session=True,
-            preexec_fn=None if piped else lambda: _die_with(parent),  # noqa: PLW1509 - two system calls, no lock
         )
 
 
@@ -102,10 +117,3 @@ async def gone(process: subprocess.Popen[bytes], seconds: float = END_SECONDS) -
 def tail(log: Path, count: int = 2_000) -> str:
     """The end of a log, for a message."""
     return log.read_text(errors="replace")[-count:].strip() if log.exists() else "(no log)"
-
-
-def _die_with(parent: int) -> None:
-    """In the child: be killed when the thread that forked us ends; end at once if it already has."""
-    host.prctl(host.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

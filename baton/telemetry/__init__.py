@@ -2,13 +2,13 @@
 
 Theory. Neither library is on anybody's hot path, nor in a process that was not asked for it: metrics are plain values (`Family`)
 which a process makes when it is scraped, and only `telemetry.prometheus` turns them into text; spans are made from a finished
-run's record, and only `telemetry.otlp` gives them to the exporter. Both are imported by the composition root that wants them.
+run's record, and only `telemetry.otlp` gives them to the exporter. Both are imported by the first who wants them.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
@@ -54,3 +54,10 @@ class Family:
         """One more sample; returns itself."""
         self.samples.append((labels, value))
         return self
+
+
+def exposition(families: Iterable[Family]) -> tuple[bytes, str]:
+    """What Prometheus scrapes, and its content type. In a thread: the first call loads the library."""
+    from baton.telemetry import prometheus  # noqa: PLC0415 - see the module
+
+    return prometheus.text(families), prometheus.CONTENT_TYPE

@@ -66,7 +66,7 @@ class _OnClusterLostEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnClust
     ON_CLUSTER_LOST_WAIT: _OnClusterLost.ValueType  # 2
     """The attempt keeps running; the task waits until its cluster returns or the deadline."""
     ON_CLUSTER_LOST_NEVER_RERUN: _OnClusterLost.ValueType  # 3
-    """The attempt keeps running; only an operator may allow a copy."""
+    """The attempt keeps running; only proof of its death (its own report, a reboot of its host) or an operator allows a copy."""
 
 class OnClusterLost(_OnClusterLost, metaclass=_OnClusterLostEnumTypeWrapper):
     """What happens to a task's attempt when its cluster is lost (PROTOCOL F7)."""
@@ -78,7 +78,7 @@ ON_CLUSTER_LOST_RERUN_AFTER_FENCE: OnClusterLost.ValueType  # 1
 ON_CLUSTER_LOST_WAIT: OnClusterLost.ValueType  # 2
 """The attempt keeps running; the task waits until its cluster returns or the deadline."""
 ON_CLUSTER_LOST_NEVER_RERUN: OnClusterLost.ValueType  # 3
-"""The attempt keeps running; only an operator may allow a copy."""
+"""The attempt keeps running; only proof of its death (its own report, a reboot of its host) or an operator allows a copy."""
 Global___OnClusterLost: _TypeAlias = OnClusterLost  # noqa: Y015
 
 @_typing.final

@@ -17,7 +17,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 from cluster_agent.core.lease import Action, Bounds, Leases, Order, Reason
-from cluster_agent.executors.base import AttemptKey, Cause, CensusEntry, Exited, Features, Phase, PythonCall, StartRequest
+from cluster_agent.executors.base import (
+    AttemptKey,
+    Cause,
+    CensusEntry,
+    Exited,
+    Features,
+    Phase,
+    PythonCall,
+    StartRequest,
+)
 from cluster_agent.guard import host, proctree
 from cluster_agent.guard.ledger import Ledger
 from cluster_agent.guard.meters import tree_breach

@@ -45,8 +45,8 @@ MAX_ENVIRONMENTS = 8
 FAILURE_SECONDS = 30
 """For so long a failed installation is answered from memory. Longer would ignore that an index is back."""
 
-MESSAGE_CHARS = 900
-"""Of a failure's sentence; the whole traceback is in the log."""
+MESSAGE_CHARS = 480
+"""Of a failure's sentence: the control plane keeps 500. The whole traceback is in the log."""
 
 RESULT_KEY, ARGS_KEY = "$baton.result", "$baton.args"
 
@@ -318,7 +318,11 @@ def _words(error: BaseException) -> str:
     """The exception and the user's innermost line, in one sentence; the whole traceback goes to the log."""
     traceback.print_exception(type(error), error, error.__traceback__)
     said = "".join(traceback.format_exception_only(type(error), error)).strip().splitlines()[-1]
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in (__file__, "<frozen importlib._bootstrap>")]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if f.filename not in (__file__, "<frozen importlib._bootstrap>")
+    ]
     if not frames:
         return said[:MESSAGE_CHARS]
     last = frames[-1]
@@ -367,7 +371,9 @@ def main() -> None:
         line, _, args = data.partition(b"\n")
         head = json.loads(line)
         if failure:
-            CONTROL.send(json.dumps({"key": head["key"], "fault": "spawn", "message": failure, "soiled": True}).encode() + b"\n")
+            CONTROL.send(
+                json.dumps({"key": head["key"], "fault": "spawn", "message": failure, "soiled": True}).encode() + b"\n"
+            )
             return
         if not ready:
             ready = True

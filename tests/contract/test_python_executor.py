@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(60)
 
 _tasks = itertools.count()
 
-STEPS = '''
+STEPS = """
 import os, signal, subprocess, sys, threading, time
 
 def pid(): return os.getpid()
@@ -80,7 +80,7 @@ class Box:
     @staticmethod
     def inner(): return "boxed"
 number = 7
-'''
+"""
 
 
 def packed(**files: str) -> tuple[str, bytes]:
@@ -339,9 +339,7 @@ async def test_a_key_is_started_once(world: ProcessWorld, agent: Agent) -> None:
 
 
 @pytest.mark.parametrize("function", ["litter", "thread"])
-async def test_what_a_call_leaves_behind_dies_with_its_worker(
-    world: ProcessWorld, agent: Agent, function: str
-) -> None:
+async def test_what_a_call_leaves_behind_dies_with_its_worker(world: ProcessWorld, agent: Agent, function: str) -> None:
     before = _sleepers(world.guard_pid)
     left = await pid_of(agent, call(function))
     assert await pid_of(agent, call("add", 1)) != left

@@ -246,6 +246,13 @@ def test_bad_deadlines(ahead: float) -> None:
     assert request_fields(request(ahead)) == ["deadline_time"]
 
 
+@pytest.mark.parametrize("nanos", [-5, 1_000_000_000])
+def test_a_deadline_that_is_no_time(nanos: int) -> None:
+    made = request()
+    made.deadline_time.nanos = nanos
+    assert request_fields(made) == ["deadline_time"]
+
+
 def test_bad_request_fields() -> None:
     made = request()
     made.ClearField("deadline_time")

@@ -1,0 +1,300 @@
+"""Graphs in plain Python: `@task` functions become nodes, their calls inside a `Graph` become edges.
+
+    @task(retry=3, timeout="1m")
+    def count(word): ...
+
+    with Graph("words") as graph:
+        total = add(count.map(["a", "b"]))     # the list of handles makes two edges
+    if __name__ == "__main__":
+        print(graph.run(deadline="5m")[total])
+
+Theory: nothing runs while a graph is built; a call makes a node and returns a handle, and a handle among the arguments of
+another call makes an edge, whose result takes its place on the cluster (`{"$baton.result": "<task id>"}`). Outside a
+`with Graph()` a task is the plain function, so it can be tested as one. The script's folder is packed and travels with the
+graph (`packing` says what does and what does not); a worker imports the script by its file name, so what must not happen
+there belongs under `if __name__ == "__main__"`.
+
+This module loads nothing heavy: workers import it through the user's script.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, overload
+
+from baton import pythontask
+
+if TYPE_CHECKING:
+    from baton.sdk_run import Results
+    from baton.v1 import graph_pb2
+
+__all__ = ["Graph", "Handle", "Options", "Task", "task"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_building: ContextVar[Graph | None] = ContextVar("baton_graph", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a task is run; the words of a graph file. Durations are texts such as "90s"; None means the default."""
+
+    requirements: tuple[str, ...] = ()
+    """Packages as pip names them; a virtual environment per set."""
+    retry: int | Mapping[str, Any] | None = None
+    """Attempts in all, or {attempts, backoff, max_backoff, multiplier, losses}."""
+    timeout: str | None = None
+    cpu: float | str | None = None
+    memory: str | None = None
+    disk: str | None = None
+    clusters: tuple[str, ...] = ()
+    selector: Mapping[str, str] = field(default_factory=dict)
+    tolerations: tuple[str, ...] = ()
+    trigger: str = ""
+    on_cluster_lost: str = ""
+    hedge: bool = False
+    require_isolation: bool = False
+    expected: str | None = None
+    grace: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Handle(Generic[R]):
+    """A node of a graph: stands for its future result. Pass it to other tasks; look its value up in the results."""
+
+    id: str
+    graph: Graph = field(repr=False, compare=False)
+
+    def __iter__(self) -> Iterator[Any]:
+        raise TypeError(f"the result of {self.id} is not known while the graph is built: let a task look into it")
+
+    def __bool__(self) -> bool:
+        raise TypeError(f"the result of {self.id} is not known while the graph is built: let a task decide on it")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A task of a graph as it was written down."""
+
+    id: str
+    parents: tuple[str, ...]
+    options: Options
+    function: str = ""
+    args_json: str = ""
+    argv: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+class Task(Generic[P, R]):
+    """What `@task` makes of a function: the function outside a graph, a maker of nodes inside one."""
+
+    def __init__(self, function: Callable[P, R], options: Options) -> None:
+        self.baton_function = function
+        self.options = options
+        self.__name__ = function.__name__
+        self.__qualname__ = function.__qualname__
+        self.__doc__ = function.__doc__
+        self.__module__ = function.__module__
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        """Inside `with Graph()`: a node, told by its handle. Outside: the function's own value."""
+        graph = _building.get()
+        if graph is None:
+            return self.baton_function(*args, **named)
+        return graph.call(self, args, named)
+
+    def map(self, items: Iterable[Any], **named: Any) -> list[Handle[R]]:
+        """One node per item, which is the first argument; `named` are the same for all. Raises RuntimeError outside a graph."""
+        graph = _building.get()
+        if graph is None:
+            raise RuntimeError(f"{self.__name__}.map() makes nodes: call it inside `with Graph(...)`")
+        return [
+            graph.call(self, (item,), named, id=graph.fresh(f"{_slug(self.__name__)}-{n}"))
+            for n, item in enumerate(items)
+        ]
+
+    def using(self, **options: Any) -> Task[P, R]:
+        """The same function with other options."""
+        return Task(self.baton_function, replace(self.options, **_frozen(options)))
+
+
+@overload
+def task(function: Callable[P, R], /) -> Task[P, R]: ...
+@overload
+def task(**options: Any) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+def task(
+    function: Callable[P, R] | None = None, /, **options: Any
+) -> Task[P, R] | Callable[[Callable[P, R]], Task[P, R]]:
+    """Makes a function a task; `options` are the fields of Options. Raises TypeError for an unknown one."""
+    chosen = Options(**_frozen(options))
+    if function is not None:
+        return Task(function, chosen)
+    return lambda inner: Task(inner, chosen)
+
+
+class Graph:
+    """A graph under construction, and the way to run it."""
+
+    def __init__(self, name: str = "", *, pack: bool = True, files: Sequence[str] = ()) -> None:
+        """`name` is the run's id (made by the server if empty). `files` travel beside the script's python files;
+        `pack=False` sends no code: the functions are installed on the clusters."""
+        self.name = name
+        self.nodes: list[Node] = []
+        self._pack, self._files = pack, tuple(files)
+        self._ids: set[str] = set()
+        self._folders: set[Path] = set()
+        self._token: Token[Graph | None] | None = None
+
+    def __enter__(self) -> Self:
+        self._token = _building.set(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._token is not None:
+            _building.reset(self._token)
+            self._token = None
+
+    def call(
+        self,
+        what: Task[..., R],
+        args: Sequence[Any],
+        named: Mapping[str, Any],
+        *,
+        id: str = "",
+        after: Sequence[Handle[Any]] = (),
+    ) -> Handle[R]:
+        """A node that calls a task's function. Raises TypeError for arguments that are no JSON."""
+        parents: dict[str, None] = dict.fromkeys(handle.id for handle in after)
+        where = f"{what.__name__}()"
+        value: dict[str, Any] = {name: self._encode(each, parents, f"{where} {name}") for name, each in named.items()}
+        if pythontask.ARGS_KEY in value:
+            raise TypeError(f"{where}: {pythontask.ARGS_KEY} is no name for an argument")
+        value[pythontask.ARGS_KEY] = [
+            self._encode(each, parents, f"{where} argument {n}") for n, each in enumerate(args)
+        ]
+        try:
+            text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        except (ValueError, RecursionError) as error:
+            raise TypeError(f"{where}: the arguments are no JSON: {error}") from None
+        return self._add(
+            Node(id or self.fresh(_slug(what.__name__)), tuple(parents), what.options, self._named(what), text)
+        )
+
+    def task(
+        self,
+        id: str,
+        *,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        after: Sequence[Handle[Any]] = (),
+        **options: Any,
+    ) -> Handle[Any]:
+        """A node that runs a program: argv, never a shell string. Its result is the file $BATON_RESULT names."""
+        if id in self._ids:
+            raise ValueError(f"{id!r} is already the id of a task of this graph")
+        self._ids.add(id)
+        parents = tuple(dict.fromkeys(handle.id for handle in after))
+        return self._add(Node(id, parents, Options(**_frozen(options)), argv=tuple(argv), env=dict(env or {})))
+
+    def fresh(self, wish: str) -> str:
+        """An id that no task of this graph has: the wish itself, or with a number."""
+        found, number = wish, 1
+        while found in self._ids:
+            number += 1
+            found = f"{wish}-{number}"
+        self._ids.add(found)
+        return found
+
+    def spec(self) -> graph_pb2.GraphSpec:
+        """The graph as it is sent, its code packed. Raises InvalidField when the code is too large."""
+        from baton import sdk_run  # noqa: PLC0415 - loads protobuf
+
+        return sdk_run.spec_of(self.nodes, sorted(self._folders) if self._pack else [], self._files)
+
+    def run(self, *, deadline: str | float, endpoint: str | Sequence[str] = (), **where: Any) -> Results:
+        """Creates a run and waits for its results. `deadline`: from now ("5m", or seconds). `endpoint` and `context`,
+        `namespace` name the federation as the command line does; by default the current context.
+
+        Raises RunFailed (with the tasks that failed) and BatonError.
+        """
+        import asyncio  # noqa: PLC0415 - a worker that imports this script needs none of it
+
+        return asyncio.run(self.run_async(deadline=deadline, endpoint=endpoint, **where))
+
+    async def run_async(self, *, deadline: str | float, endpoint: str | Sequence[str] = (), **where: Any) -> Results:
+        """As `run`, on the caller's loop."""
+        if os.environ.get("BATON_IMPORTING"):
+            raise RuntimeError(
+                'a worker imported this script, which runs a graph: put that under if __name__ == "__main__"'
+            )
+        from baton import sdk_run  # noqa: PLC0415 - loads gRPC
+
+        endpoints = (endpoint,) if isinstance(endpoint, str) and endpoint else tuple(endpoint)
+        return await sdk_run.run(self, deadline=deadline, endpoints=endpoints, **where)
+
+    def _add(self, node: Node) -> Handle[Any]:
+        self.nodes.append(node)
+        return Handle(node.id, self)
+
+    def _encode(self, value: Any, parents: dict[str, None], where: str) -> Any:
+        """JSON, with handles as references. Raises TypeError naming the argument."""
+        if isinstance(value, Handle):
+            if value.graph is not self:
+                raise TypeError(f"{where}: {value.id} is a task of another graph")
+            parents[value.id] = None
+            return {pythontask.RESULT_KEY: value.id}
+        if isinstance(value, list | tuple):
+            return [self._encode(each, parents, where) for each in value]
+        if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str):
+                    raise TypeError(f"{where}: the key {key!r} is no text, so it is no JSON")
+            if set(value) == {pythontask.RESULT_KEY}:
+                raise TypeError(f"{where}: pass the handle of a task instead of {pythontask.RESULT_KEY}")
+            return {key: self._encode(each, parents, where) for key, each in value.items()}
+        if value is None or isinstance(value, str | int | float | bool):
+            return value
+        raise TypeError(
+            f"{where}: {type(value).__name__} is no JSON: pass numbers, texts, lists, dicts, or the handle of a task"
+        )
+
+    def _named(self, what: Task[..., Any]) -> str:
+        """module:qualname as a worker imports it. Raises TypeError for a function that no import can find."""
+        module, qualname = what.__module__, what.__qualname__
+        if "<" in qualname:
+            raise TypeError(f"{qualname} cannot be imported by a worker: define it at the top of a module")
+        if not self._pack:
+            return f"{module}:{qualname}"
+        loaded = sys.modules.get(module)
+        file = getattr(loaded, "__file__", None)
+        if file is None:
+            raise TypeError(f"{qualname} is defined in no file: put it into a script, or use Graph(pack=False)")
+        if module == "__main__":
+            spec = getattr(loaded, "__spec__", None)
+            module = spec.name if spec is not None else Path(file).stem
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise TypeError(f"{Path(file).name} is no name of a module: use letters, digits and underscores")
+        depth = module.count(".") + (Path(file).name == "__init__.py")
+        self._folders.add(Path(file).resolve().parents[depth])
+        return f"{module}:{qualname}"
+
+
+def _slug(name: str) -> str:
+    """A task id made of a function's name."""
+    return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-_")[:50] or "task"
+
+
+def _frozen(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with their lists as tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
