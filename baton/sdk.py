@@ -118,7 +118,7 @@ class Task(Generic[P, R]):
         if graph is None:
             raise RuntimeError(f"{self.__name__}.map() makes nodes: call it inside `with Graph(...)`")
         return [
-            graph.call(self, (item,), named, id=graph.fresh(f"{_slug(self.__name__)}-{n}"))
+            graph.call(self, (item,), named, task_id=graph.fresh(f"{_slug(self.__name__)}-{n}"))
             for n, item in enumerate(items)
         ]
 
@@ -171,7 +171,7 @@ class Graph:
         args: Sequence[Any],
         named: Mapping[str, Any],
         *,
-        id: str = "",
+        task_id: str = "",
         after: Sequence[Handle[Any]] = (),
     ) -> Handle[R]:
         """A node that calls a task's function. Raises TypeError for arguments that are no JSON."""
@@ -188,12 +188,12 @@ class Graph:
         except (ValueError, RecursionError) as error:
             raise TypeError(f"{where}: the arguments are no JSON: {error}") from None
         return self._add(
-            Node(id or self.fresh(_slug(what.__name__)), tuple(parents), what.options, self._named(what), text)
+            Node(task_id or self.fresh(_slug(what.__name__)), tuple(parents), what.options, self._named(what), text)
         )
 
     def task(
         self,
-        id: str,
+        task_id: str,
         *,
         argv: Sequence[str],
         env: Mapping[str, str] | None = None,
@@ -201,11 +201,11 @@ class Graph:
         **options: Any,
     ) -> Handle[Any]:
         """A node that runs a program: argv, never a shell string. Its result is the file $BATON_RESULT names."""
-        if id in self._ids:
-            raise ValueError(f"{id!r} is already the id of a task of this graph")
-        self._ids.add(id)
+        if task_id in self._ids:
+            raise ValueError(f"{task_id!r} is already the id of a task of this graph")
+        self._ids.add(task_id)
         parents = tuple(dict.fromkeys(handle.id for handle in after))
-        return self._add(Node(id, parents, Options(**_frozen(options)), argv=tuple(argv), env=dict(env or {})))
+        return self._add(Node(task_id, parents, Options(**_frozen(options)), argv=tuple(argv), env=dict(env or {})))
 
     def fresh(self, wish: str) -> str:
         """An id that no task of this graph has: the wish itself, or with a number."""

@@ -6,7 +6,8 @@ outstanding stop is sent. From then on commits only add hints (the outbox), and 
 
 * dispatches are numbered per stream; agents receipt the highest number without a gap, so those without a receipt after RESEND
   seconds are sent again *under their number*, less what is no longer live;
-* stops are sent again until they are confirmed;
+* stops are sent again until they are confirmed; those of runs that are not known here (orphans of an inventory) until the
+  agent reports their end, or a new inventory says anew what is there;
 * reports are acknowledged after the commit that settled them, whether they were accepted, refused or known.
 
 All of it is idempotent at the agent. Nothing here decides anything. While a shard is closed its machine is ahead of the log, so
@@ -52,6 +53,10 @@ DISPATCH_BYTES = 1 << 20
 REPORTS_QUEUE = 1000
 """Report messages of one link waiting for their shard. Beyond it they are dropped and the agent sends them again (J7)."""
 
+MAX_ORPHANS = 10_000
+"""Stops of unknown runs kept per link to be sent again: more than a cluster runs at once. Beyond it the oldest are only sent
+once, and the next inventory arms them again (F8)."""
+
 COMMIT_TIMEOUT = 30.0
 """Seconds to wait for reports to be journaled before giving the agent no answer."""
 
@@ -71,6 +76,8 @@ class Link:
     numbered: dict[AttemptId, int] = field(default_factory=dict)
     """Attempts by the dispatch that carried them, until a capacity report includes it (C4)."""
     stops_sent: dict[AttemptId, float] = field(default_factory=dict)
+    orphans: dict[AttemptId, None] = field(default_factory=dict)
+    """Attempts to be stopped whose runs are not known: nothing in the machine remembers them (F8)."""
 
 
 class Dispatcher:
@@ -157,11 +164,19 @@ class Dispatcher:
                     # The machine failed on it, and said so in the log; the link must live on for the reports after it.
                     log.exception("reports could not be handled", extra={"shard": shard, "cluster": cluster})
                     continue
+                self._forget_orphans(shard, cluster, settled)
                 owned = self._controller.owned().get(shard)
                 if owned is not None and settled and not self._view.restore_suspected:
                     replica, _, stream = messages[-1].stream.partition("\n")
                     acks = pb.ReportAcks(**codec.header(owned), attempts=[codec.ref(a) for a in settled])
                     self._router.to_cluster(replica, cluster, stream, pb.SessionResponse(report_acks=acks))
+
+    def _forget_orphans(self, shard: str, cluster: str, settled: Iterable[AttemptId]) -> None:
+        """The agent has told their end."""
+        link = self._links.get((shard, cluster))
+        if link is not None and link.orphans:
+            for attempt in settled:
+                link.orphans.pop(attempt, None)
 
     def _receipt(self, shard: str, link: Link, receipt: pb.DispatchReceipt) -> None:
         owned = self._controller.owned().get(shard)
@@ -204,6 +219,7 @@ class Dispatcher:
                 raise NotOwned(shard, None)
             if self._links.get((shard, cluster)) is link:
                 self._dispatch(owned, link, missing)
+                link.orphans = dict.fromkeys(verdict.orphans[-MAX_ORPHANS:])
                 self._stop(owned, link, [*stops, *verdict.orphans])
         yield b""
 
@@ -292,7 +308,7 @@ class Dispatcher:
                     self._write(owned, link, writer, attempt)
                 self._flush(link, writer, number)
         machine = _machine(owned)
-        outstanding = set(machine.stops_on(link.cluster)) if link.stops_sent else set()
+        outstanding = {*machine.stops_on(link.cluster), *link.orphans} if link.stops_sent else set()
         for attempt in [a for a in link.stops_sent if a not in outstanding]:
             del link.stops_sent[attempt]
         self._stop(owned, link, [a for a, sent in link.stops_sent.items() if now - sent >= RESEND])

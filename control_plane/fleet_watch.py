@@ -6,8 +6,9 @@ cluster, since when `mod_revision` has stood still *on our own boot clock* (no a
 
 * L starts when the first poll that saw this `mod_revision` was **answered** (the put was before), and is over when a later
   poll that still sees it was **sent** L after that;
-* a failed poll, a gap between polls, or a takeover of fleet starts L anew for everybody: while we did not look, a heartbeat
-  may have been acknowledged, and while the store had no quorum, none could be;
+* a failed poll, a long gap between polls, or a takeover of fleet starts L anew for everybody: while the store had no quorum,
+  no heartbeat could be acknowledged, and while we did not look, our own clock alone spoke for the time. (A short gap is our
+  own loop's stall: an equal `mod_revision` at both of its ends proves that no renewal was committed in between.)
 * the loss is committed only if `mod_revision` is still the same in that very transaction. An equal mod_revision stays false
   once it is false, so a delayed copy of the transaction is harmless (J5).
 
@@ -47,8 +48,10 @@ POLL_INTERVAL = 0.5
 POLL_TIMEOUT = 0.9
 """Seconds for one poll; less than the gap that starts L anew, so that a slow poll is a failed one."""
 
-GAP = 2.0
-"""A distance of more than this many intervals between two answers is a gap (S4)."""
+MAX_GAP = 2.5
+"""Seconds between two answered polls beyond which L starts anew (S4). An equal `mod_revision` at both ends proves that no renewal
+was committed in between; the bound only limits how long we rely on our own clock unobserved. Smaller: every stall of a busy
+machine's loop delays all losses by L; larger: a suspend that the clock tells wrongly counts as silence of the clusters."""
 
 MISSED_BEATS = 3
 """S3: SUSPECT after so many heartbeats. Fewer: every hiccup stops placement; more: work goes to a cluster that is gone."""
@@ -134,7 +137,7 @@ class FleetWatch:
             self._anew()
             return
         now = self._clock.boot()
-        if self._answered is not None and now - self._answered > GAP * POLL_INTERVAL:
+        if self._answered is not None and now - self._answered > MAX_GAP:
             self._anew()
         self._answered = now
         if not self._owned:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from control_plane.core.model import AttemptId, Group
 from control_plane.core.shard import RunShard
-from control_plane.core.views import DemandLine
+from control_plane.core.views import DemandLine, NamespaceView
 from control_plane.view import View
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ class Holdings:
         for line in lines:
             self._groups[line.key] = line.group
         return lines
+
+    def terms(self) -> list[NamespaceView]:
+        """Namespaces that this shard keeps (O6)."""
+        return self._machine.namespaces()
 
     def reported(self) -> None:
         """A capacity report was heard: note what each new one includes."""

@@ -51,6 +51,9 @@ CHECKED_RUNS = 64
 REMEMBERED = 1024
 """Runs archived lately that are not checked again when their archiving is repeated."""
 
+SEEN_RUNS = 1000
+"""Runs that are gone and still remembered in a shard before that is looked into: 100 KB."""
+
 NAMESPACES = 200
 """Namespaces with counters of their own; more share the label `other`, so that the number of series has a bound."""
 
@@ -93,6 +96,8 @@ class Meter:
         self._dirty: dict[str, set[str]] = {}
         self._seen: dict[str, dict[str, int]] = {}
         """Shard -> run uid -> number of the last event counted."""
+        self._most_seen: dict[str, int] = {}
+        """Shard -> runs beyond which archived ones are looked for among those seen."""
         self._unchecked: deque[tuple[str, Sequence[run_pb2.RunEvent]]] = deque(maxlen=CHECKED_RUNS)
         self._checked: dict[str, None] = {}
         self.by_namespace: dict[str, Counts] = {}
@@ -126,6 +131,7 @@ class Meter:
         """See `controller.Listener`."""
         self._dirty.pop(shard, None)
         self._seen.pop(shard, None)
+        self._most_seen.pop(shard, None)
 
     def archived(self, archive: Archive) -> None:
         """A run is in history."""
@@ -199,8 +205,10 @@ class Meter:
             counts = self._of(view.namespace)
             for event in events:
                 _count_event(counts, view, event, machine)
-            if view.state.final:
-                del seen[uid]
+        if len(seen) > self._most_seen.get(shard, 0) + SEEN_RUNS:
+            live = machine.event_numbers()
+            self._seen[shard] = {uid: number for uid, number in seen.items() if uid in live}
+            self._most_seen[shard] = 2 * len(live)
 
     def label(self, namespace: str) -> str:
         """Under which name a namespace is counted."""

@@ -8,7 +8,7 @@ the router and the controller.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from baton.clock import Clock
@@ -44,10 +44,6 @@ def _nothing_pending(shard: str) -> Iterable[tuple[str, int, list[AttemptId]]]: 
     return ()
 
 
-def _equal_weights() -> Mapping[str, float]:
-    return {}
-
-
 class Placement:
     """Both sides of one replica. A controller `Listener`; `listen` it before the first taking, after the dispatcher."""
 
@@ -59,12 +55,10 @@ class Placement:
         routes: Routes,
         *,
         pending: PendingSource = _nothing_pending,
-        weights: Callable[[], Mapping[str, float]] = _equal_weights,
     ) -> None:
-        """`pending` is `Dispatcher.pending`; without it attempts in flight when a report is made count as reported. `weights`
-        are those of namespaces (missing: 1)."""
+        """`pending` is `Dispatcher.pending`; without it attempts in flight when a report is made count as reported."""
         self._owner = DemandSide(clock, controller, view, routes.to_owner, pending)
-        self._leader = GrantSide(clock, view, routes.to_owner, weights)
+        self._leader = GrantSide(clock, view, routes.to_owner)
         routes.on_grants(self._owner.on_grants)
         routes.on_demand(self._leader.on_demand)
 

@@ -4,6 +4,11 @@ Theory. The leader is an optimiser without a memory that matters: everything it 
 collects what shards want, for some milliseconds, looks at the last capacity reports, and asks `core.scheduler.place`. Its term
 is fleet's epoch. A new leader grants nothing for one maximum time to live, so permissions of two leaders never add up (C3).
 
+Quotas and weights of namespaces come with the demands of the shards that keep them (O6). A quota counts live tasks over all
+shards (O7), so what a shard held when it was last heard counts until it speaks again, however long that takes; and a namespace
+with a quota gets nothing while a shard has not spoken to this leader at all. Likewise a namespace whose keeper has not spoken,
+but for a bounded time: most have no quota.
+
 What a permission may still use is subtracted until the shard speaks again or the permission expires; what is in use but not in
 a capacity report comes with the shards' demands.
 """
@@ -12,14 +17,14 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from baton.clock import Clock
 from baton.internal import peer_pb2 as pb
 from control_plane.bell import Bell
-from control_plane.core.model import FLEET, Group, Resources
+from control_plane.core.model import FLEET, RUN_SHARDS, Group, Resources, shard_of
 from control_plane.core.offers import Granted, Holding, Offer, Plan, Snapshot, Want
 from control_plane.core.scheduler import place
 from control_plane.demand_wire import Answer, decode_group, encode_grants, shapes_of
@@ -45,6 +50,10 @@ DEMAND_TTL = 3.0
 REPLAN = 0.5
 """Seconds until the next plan while somebody waits and nothing new was heard: expired permissions give room back."""
 
+HEARING = 10.0
+"""Seconds from its opening in which a leader holds back a namespace of which it does not know whether it has a quota. Longer than
+the takeover of a shard, so only a shard that cannot be taken at all is not waited for; larger: its namespaces stand longer."""
+
 MAX_GROUPS = 10_000
 """Decoded groups kept. More groups than this in use at once are only decoded again."""
 
@@ -53,7 +62,6 @@ MAX_GROUPS = 10_000
 class _Asked:
     """A shard's last Demand. Times on the own boot clock."""
 
-    epoch: int
     seq: int
     heard: float
     wants: tuple[Want, ...]
@@ -65,18 +73,30 @@ class _Asked:
     """When the permissions given for this Demand expire; 0: none were given, and only then may some still be."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Word:
+    """What a shard last said that outlives its demand: what it holds (O7), and the terms of the namespaces it keeps."""
+
+    epoch: int
+    seq: int
+    heard: float
+    holdings: tuple[Holding, ...]
+    terms: tuple[tuple[str, float, int], ...]
+    """(namespace, weight, quota or 0)"""
+
+
 class GrantSide:
     """Plans for the whole federation while this replica owns fleet. A controller `Listener`."""
 
-    def __init__(self, clock: Clock, view: View, send: Send, weights: Callable[[], Mapping[str, float]]) -> None:
+    def __init__(self, clock: Clock, view: View, send: Send) -> None:
         self._clock = clock
         self._view = view
         self._send = send
-        self._weights = weights
         self._bell = Bell(clock)
         self._term = 0
         self._opens = 0.0
         self._asked: dict[str, _Asked] = {}
+        self._words: dict[str, _Word] = {}
         self._groups: dict[str, Group] = {}
         view.subscribe(self._heard)
 
@@ -88,6 +108,7 @@ class GrantSide:
             self._term = shard.epoch_revision
             self._opens = self._clock.boot() + GRANT_TTL
             self._asked.clear()
+            self._words.clear()
             self._bell.ring()
 
     def committed(self, shard: OwnedShard, outbox: Outbox) -> None:
@@ -98,6 +119,7 @@ class GrantSide:
         if shard == FLEET:
             self._term = 0
             self._asked.clear()
+            self._words.clear()
 
     def _heard(self, topic: str) -> None:
         if topic in ("beats", "table") and self._waits():
@@ -112,8 +134,9 @@ class GrantSide:
         """A shard says what it wants and holds; what it was permitted before is spent or void."""
         if not self._term:
             return
-        known = self._asked.get(message.shard)
-        if known is not None and (message.epoch, message.seq) <= (known.epoch, known.seq):
+        known, now = self._words.get(message.shard), self._clock.boot()
+        fresh = known is not None and now - known.heard <= DEMAND_TTL
+        if known is not None and fresh and (message.epoch, message.seq) <= (known.epoch, known.seq):
             return
         wall = self._clock.wall()
         try:
@@ -135,11 +158,15 @@ class GrantSide:
         except ValueError as error:
             log.error("a demand cannot be read", extra={"shard": message.shard, "error": str(error)})
             return
-        if not wants and not uses:
+        terms = tuple((each.name, each.weight, each.live_task_quota) for each in message.namespaces)
+        held = tuple(holding for holding, _ in uses)
+        self._words[message.shard] = _Word(message.epoch, message.seq, now, held, terms)
+        if wants or uses:
+            self._asked[message.shard] = _Asked(message.seq, now, wants, uses)
+        else:
             self._asked.pop(message.shard, None)
-            return
-        self._asked[message.shard] = _Asked(message.epoch, message.seq, self._clock.boot(), wants, uses)
-        self._bell.ring()
+        if wants or uses or known is None or known.holdings or known.terms != terms:
+            self._bell.ring()
 
     def _group(self, text: str) -> Group:
         """Equal text is one object; parsing is dear and groups are few."""
@@ -169,7 +196,7 @@ class GrantSide:
             if asked.expires <= now:
                 asked.grants = ()
         waiting = {shard: asked for shard, asked in self._asked.items() if not asked.expires}
-        plan = place(self._snapshot(waiting), self._clock.wall())
+        plan = place(self._snapshot(waiting, now), self._clock.wall())
         for shard, answer in _answers(plan, waiting).items():
             asked = waiting[shard]
             if answer == asked.told:
@@ -179,9 +206,10 @@ class GrantSide:
                 asked.grants, asked.expires = answer.grants, now + GRANT_TTL
             self._send(shard, encode_grants(shard, self._term, asked.seq, GRANT_TTL, answer))
 
-    def _snapshot(self, waiting: Mapping[str, _Asked]) -> Snapshot:
+    def _snapshot(self, waiting: Mapping[str, _Asked], now: float) -> Snapshot:
         changes: dict[str, dict[Resources, int]] = defaultdict(lambda: defaultdict(int))
-        holdings: list[Holding] = []
+        silent = (word for shard, word in self._words.items() if shard not in self._asked)
+        holdings: list[Holding] = [holding for word in silent for holding in word.holdings]
         for shard, asked in self._asked.items():
             for holding, change in asked.uses:
                 changes[holding.cluster][holding.group.resources] += change
@@ -197,12 +225,28 @@ class GrantSide:
             fresh = beat is not None and beat.heartbeat.generation == facts.generation
             shapes = shapes_of(beat.heartbeat) if beat is not None and fresh else None
             offers.append(Offer(facts, shapes, tuple((need, n) for need, n in changes[uid].items() if n)))
+        wants = tuple(want for asked in waiting.values() for want in asked.wants)
+        terms = [each for word in self._words.values() for each in word.terms]
+        quotas = {name: quota for name, _, quota in terms if quota > 0}
         return Snapshot(
             offers=tuple(offers),
-            wants=tuple(want for asked in waiting.values() for want in asked.wants),
+            wants=wants,
             holdings=tuple(holdings),
-            weights=self._weights(),
+            weights={name: weight for name, weight, _ in terms},
+            quotas=quotas,
+            closed=self._closed({want.group.namespace for want in wants}, quotas, now),
         )
+
+    def _closed(self, namespaces: Iterable[str], quotas: Mapping[str, int], now: float) -> dict[str, str]:
+        """Namespaces that get nothing until more shards have spoken (O7), and why."""
+        unheard = sum(shard not in self._words for shard in RUN_SHARDS)
+        if not unheard:
+            return {}
+        closed = dict.fromkeys(quotas, f"waits until {unheard} more shards have said what they hold of its quota")
+        if now < self._opens + HEARING:
+            unknown = (ns for ns in namespaces if shard_of(ns, "") not in self._words)
+            closed |= {ns: f"waits until the quota of namespace {ns} is known" for ns in unknown}
+        return closed
 
 
 def _answers(plan: Plan, shards: Iterable[str]) -> dict[str, Answer]:

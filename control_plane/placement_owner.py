@@ -3,7 +3,9 @@
 Theory. Demand and grants are levels with a conversation of one: an owner has **at most one unanswered Demand** per shard, and
 takes permissions at most once for each, after which it says anew what it wants. So the leader always knows whether a
 permission is still open (no later Demand came) or spent and returned (one came); nothing is permitted twice because two
-messages crossed. An answer that never comes is not waited for: every half second what is wanted is said again.
+messages crossed. An answer that never comes is not waited for: every half second what is wanted is said again. A shard that
+wants and holds nothing says so too, more slowly: quotas over all shards (O7) can be kept only by a leader that has heard all
+of them. With it go the terms of the namespaces that the shard keeps.
 
 A permission is bound by the shard's own commit (`TakeGrants`), and the next Demand is made only after that commit, so that it
 counts what was bound. What is left unbound then is void for the leader, and is replaced by its next answer.
@@ -37,6 +39,11 @@ LEVEL = 0.5
 """Seconds after which what is wanted or held is said again. Larger: a lost message delays work by as much; smaller: chatter of
 all shards with work."""
 
+QUIET_LEVEL = 0.8
+"""Seconds after which a shard says again that it wants and holds nothing. Two fit into a new leader's silence (GRANT_TTL), so
+that it has heard everybody when it opens. Larger: namespaces with a quota wait longer after a change of the leader; smaller:
+chatter of idle shards."""
+
 MIN_GAP = 0.004
 """Seconds between two Demands of a shard. Larger: slower hops between groups; smaller: a busy shard, which changes its demand
 with every commit, would fill its loop with demands."""
@@ -60,14 +67,12 @@ class _Line:
     seq: int = 0
     sent: float = float("-inf")
     due: float = 0.0
-    """When to speak next; infinity: nothing to say."""
+    """When to speak next."""
     waiting: bool = False
     put_off: float = float("inf")
     """Something changed while an answer is awaited: so long after the answer it is said. Infinity: nothing did."""
     spent: bool = False
     """A permission was taken for the current seq."""
-    quiet: bool = True
-    """The last Demand was empty."""
     expires: float = float("inf")
     term: int = 0
     advice: TakeGrants | None = None
@@ -154,11 +159,9 @@ class DemandSide:
         lines = [entry for entry in line.holdings.demand(self._clock.wall()) if entry.count > 0]
         uses = line.holdings.uses()
         nothing = not lines and not uses
-        line.due = float("inf") if nothing else now + LEVEL
-        if nothing and line.quiet:
-            return
+        line.due = now + (QUIET_LEVEL if nothing else LEVEL)
         line.seq += 1
-        line.sent, line.waiting, line.spent, line.quiet = now, not nothing, False, nothing
+        line.sent, line.waiting, line.spent = now, not nothing, False
         line.put_off = float("inf")
         message = pb.Demand(
             shard=line.shard.id,
@@ -183,6 +186,10 @@ class DemandSide:
                     held=use.held,
                 )
                 for use in uses
+            ],
+            namespaces=[
+                pb.NamespaceTerms(name=view.name, weight=view.weight, live_task_quota=view.live_task_quota)
+                for view in line.holdings.terms()
             ],
         )
         self._send(FLEET, pb.PeerMessage(demand=message))

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from baton.clock import Clock, Entropy
-from baton.errors import BatonError
 from baton.internal import peer_pb2
 from baton.leases import PROFILES, LeaseValues
 from baton.v1 import agent_pb2
@@ -42,7 +41,6 @@ from control_plane.services.desk import Desk
 from control_plane.services.failures import peer_failure
 from control_plane.services.fleet_calls import FleetCalls
 from control_plane.services.forward import Forwarder
-from control_plane.services.methods import Asked
 from control_plane.services.table import Services
 from control_plane.sessions import Refuse, Sessions, SessionsConfig
 from control_plane.snapshots import Snapshots, Snapshotter
@@ -57,12 +55,6 @@ JOIN_PAUSE = 0.5
 
 LEAVE_SECONDS = 10.0
 """Seconds for handing over all shards; after it the lease is left to expire, which takes about as long."""
-
-WEIGHTS_INTERVAL = 10.0
-"""Seconds between looks at namespaces' weights where placement is led: how late a changed weight takes effect."""
-
-WEIGHTS_SECONDS = 5.0
-"""Seconds for one such look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +108,6 @@ class Replica:
         self.dispatcher: Dispatcher
         self.services: Services
         self._loops: asyncio.Task[None] | None = None
-        self._weights: dict[str, float] = {}
 
     async def start(self) -> None:
         """Join the federation, waiting for the store as long as it takes, and start all loops. Raises IncompatibleFederation,
@@ -216,9 +207,7 @@ class Replica:
         sessions = SessionsConfig(self.federation.uid, _leases, self._check_marks)
         self.sessions = Sessions(store, clock, entropy, router, view, sessions)
         self.dispatcher = Dispatcher(controller, router, calls, view, clock, self.federation.uid)
-        self._placement = Placement(
-            clock, controller, view, router, pending=self.dispatcher.pending, weights=lambda: self._weights
-        )
+        self._placement = Placement(clock, controller, view, router, pending=self.dispatcher.pending)
         self._fleet_watch = FleetWatch(store, clock, controller)
         self._guard_wait = GuardWait(clock, controller, view)
         FleetCalls(controller, calls)
@@ -252,7 +241,6 @@ class Replica:
         async with asyncio.TaskGroup() as group:
             for loop in loops:
                 group.create_task(loop.run(), name=type(loop).__name__)  # type: ignore[attr-defined]
-            group.create_task(self._learn_weights(), name="weights")
 
     def _from_cluster(self, replica: str, message: peer_pb2.FromCluster) -> None:
         """Output goes to its reader, everything else to the dispatcher."""
@@ -273,19 +261,6 @@ class Replica:
             return await self.controller.restore.check_marks(marks, federation_uid)
         except StoreError as error:
             raise Refuse("UNAVAILABLE", "the store does not answer", 1.0) from error
-
-    async def _learn_weights(self) -> None:
-        """Namespaces' weights, where placement is led (C1). They live on many shards, so they are asked for now and then."""
-        clock = self.parts.clock
-        while True:
-            await clock.sleep(WEIGHTS_INTERVAL)
-            if FLEET not in self.controller.owned():
-                continue
-            asked = Asked("weights", "", clock.boot() + WEIGHTS_SECONDS, clock)
-            try:
-                self._weights = await self.services.weights(asked)
-            except BatonError as error:
-                log.info("weights of namespaces are not known now", extra={"error": str(error)})
 
 
 def _leases(profile: str) -> LeaseValues:

@@ -61,6 +61,7 @@ RETRY_PAUSE = 0.2
 
 MAX_PAUSE = 1.0
 """Longest pause between tries to bring an inventory: every shard of every agent tries. Longer delays dispatches after an outage."""
+_EXPECTED = (Refused, NotOwned, OutcomeUnknown, StoreDown, CallLost, CallFailed, TimeoutError)
 
 
 class Sessions:
@@ -161,8 +162,7 @@ class Sessions:
             replicas=sorted(member.address for member in self._view.members.values()),
         )
         stream.send(pb.SessionResponse(welcome=welcome))
-        told = {"cluster": hello.cluster, "generation": grant.generation, "resumed": grant.resumed}
-        log.info("session open", extra=told)
+        log.info("session open", extra={"cluster": hello.cluster, "generation": grant.generation})
         for shard in RUN_SHARDS:
             self._tell_inventory(session, shard)
         return session
@@ -326,13 +326,14 @@ class Sessions:
                 owner = self._owners_seen.get(shard)
                 try:
                     await single(self._router.call(shard, INVENTORY, payload, timeout=CALL_TIMEOUT))
-                except (Refused, NotOwned, OutcomeUnknown, StoreDown, CallLost, CallFailed, TimeoutError):
+                except Exception as error:
+                    if not isinstance(error, _EXPECTED):  # without telling the shard has no link (J7)
+                        log.exception("an inventory failed", extra={"shard": shard, "cluster": session.name})
                     await self._clock.sleep(pause * (0.5 + self._entropy.uniform()))
                     pause = min(2 * pause, MAX_PAUSE)
                     continue
                 if self._owners_seen.get(shard) == owner:
-                    break
-                # Who answered may have been the owner before: its successor knows nothing of this stream.
+                    break  # else who answered may have been the owner before: its successor knows nothing of this stream
         finally:
             session.telling.discard(shard)
 
@@ -346,8 +347,7 @@ class Sessions:
         if what != "owners":
             return
         for shard in RUN_SHARDS:
-            info = self._view.owners.get(shard)
-            mark = "" if info is None else info.nonce
+            mark = info.nonce if (info := self._view.owners.get(shard)) else ""
             if mark and self._owners_seen.get(shard) != mark:
                 self._owners_seen[shard] = mark
                 for session in self._by_cluster.values():

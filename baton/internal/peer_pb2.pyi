@@ -306,6 +306,36 @@ class PendingUse(_message.Message):
 Global___PendingUse: _TypeAlias = PendingUse  # noqa: Y015
 
 @_typing.final
+class NamespaceTerms(_message.Message):
+    """What a namespace may have, told by the shard that keeps it (PROTOCOL O6, O7)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    LIVE_TASK_QUOTA_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name, unique in the federation."""
+    weight: _builtins.float
+    """Share in weighted fairness."""
+    live_task_quota: _builtins.int
+    """Most live tasks at once in the whole federation; 0 means no limit."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        live_task_quota: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["live_task_quota", b"live_task_quota", "name", b"name", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NamespaceTerms: _TypeAlias = NamespaceTerms  # noqa: Y015
+
+@_typing.final
 class Demand(_message.Message):
     """What a shard wants, and holds (level, not edge)."""
 
@@ -316,6 +346,7 @@ class Demand(_message.Message):
     SEQ_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     PENDING_FIELD_NUMBER: _builtins.int
+    NAMESPACES_FIELD_NUMBER: _builtins.int
     shard: _builtins.str
     """The shard."""
     epoch: _builtins.int
@@ -330,6 +361,10 @@ class Demand(_message.Message):
     def pending(self) -> _containers.RepeatedCompositeFieldContainer[Global___PendingUse]:
         """Placed, not reported."""
 
+    @_builtins.property
+    def namespaces(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamespaceTerms]:
+        """Terms of all namespaces this shard keeps."""
+
     def __init__(
         self,
         *,
@@ -338,10 +373,11 @@ class Demand(_message.Message):
         seq: _builtins.int = ...,
         groups: _abc.Iterable[Global___DemandGroup] | None = ...,
         pending: _abc.Iterable[Global___PendingUse] | None = ...,
+        namespaces: _abc.Iterable[Global___NamespaceTerms] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "groups", b"groups", "pending", b"pending", "seq", b"seq", "shard", b"shard"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "groups", b"groups", "namespaces", b"namespaces", "pending", b"pending", "seq", b"seq", "shard", b"shard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,35 +11,18 @@ from __future__ import annotations
 import base64
 import os
 import resource
-import select
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 from cluster_agent.core.lease import Action, Bounds, Leases, Order, Reason
-from cluster_agent.executors.base import (
-    AttemptKey,
-    Cause,
-    CensusEntry,
-    Exited,
-    Features,
-    Phase,
-    PythonCall,
-    StartRequest,
-)
-from cluster_agent.guard import host, proctree
+from cluster_agent.executors.base import AttemptKey, Cause, Exited, Features, Phase, PythonCall, StartRequest
+from cluster_agent.guard import host, proctree, strays
+from cluster_agent.guard.census import census, greeting
 from cluster_agent.guard.ledger import Ledger
 from cluster_agent.guard.meters import tree_breach
 from cluster_agent.guard.places import Places
-from cluster_agent.guard.protocol import (
-    VERSION,
-    Message,
-    code_from_wire,
-    entry_to_wire,
-    exit_from_wire,
-    exit_to_wire,
-    start_from_wire,
-)
+from cluster_agent.guard.protocol import Message, code_from_wire, exit_to_wire, start_from_wire
 from cluster_agent.guard.pythons import Pythons, Worker, died, ended
 from cluster_agent.guard.workload import Spawner, Workload, needs_tree_polling, outcome, resolve
 
@@ -50,12 +33,6 @@ MiB; more would meet the host's limits unannounced."""
 FILES_PER_WORKLOAD = 4
 SPARE_FILES = 64
 """Sockets, ledger, pipes of a spawn under way, a walk of the meters. Fewer, and a full guard could not take a call."""
-
-CENSUS_CHUNK = 64
-"""Entries per census message: at the result limit such a message has 1.5 MiB."""
-
-STRAY_ROUNDS = 200
-"""Rounds of 5 ms in which processes of a murdered keeper are hunted before its attempt is reported anyway."""
 
 FOREVER = 1e9
 """Time-out while a worker makes its environment, which it bounds itself (python_worker.INSTALL_SECONDS)."""
@@ -118,7 +95,7 @@ class Guard:
                 del self._unrecorded[key]
         self._places.empty_trash()
         if not self._spawner.isolation.namespace:
-            self._reap_strays()
+            strays.reap(self._ours())
 
     def sweep(self) -> None:
         """Every minute: retention, and the ledger's reserve."""
@@ -132,25 +109,9 @@ class Guard:
 
     def hello(self, features: Features) -> Iterator[Message]:
         """The answer to a new connection: who we are and what we know (G3)."""
-        yield {
-            "ev": "hello",
-            "version": VERSION,
-            "pid": os.getpid(),
-            "at": host.boot(),
-            "lost": self.lost_before,
-            "isolation": features.isolation,
-            "orphan_killer": features.orphan_killer,
-            "detail": features.detail,
-        }
-        self.lost_before = False
-        chunk: list[Message] = []
-        for entry in self._census():
-            chunk.append(entry_to_wire(entry))
-            if len(chunk) == CENSUS_CHUNK:
-                yield {"ev": "census", "entries": chunk}
-                chunk = []
-        yield {"ev": "census", "entries": chunk}
-        yield {"ev": "ready"}
+        lost_before, self.lost_before = self.lost_before, False
+        entries = census(self._live, self._leases, self._ledger, self._unrecorded)
+        return greeting(features, entries, lost_before=lost_before)
 
     def handle(self, message: Message, now: float) -> None:
         """One request but start batches (`starts`). Raises KeyError, TypeError or ValueError on nonsense."""
@@ -202,7 +163,7 @@ class Guard:
             workload = self._spawner.spawn(request, paths, program)
         except (OSError, ValueError) as error:
             if not self._spawner.isolation.namespace:
-                self._hunt_strays()  # a keeper that could not be supervised was killed
+                strays.hunt(self._ours())  # a keeper that could not be supervised was killed
             wall = host.wall()
             self._exited(Exited(request.key, Cause.SPAWN, None, None, wall, wall, message=str(error)))
             return
@@ -239,12 +200,10 @@ class Guard:
             return lease
         if request.stop_at is not None and now >= request.stop_at:
             return "its deadline has passed"
-        if request.python is None and (not request.argv or not request.argv[0]):
-            return "argv is empty"
-        code = self._pythons.refusal(request.python) if request.python is not None else None
-        if code is not None:
-            return code
-        if len(self._live) >= self._most:
+        incomplete = self._pythons.refusal(request)
+        if incomplete is not None:
+            return incomplete
+        if len(self._live) + self._pythons.extra_load >= self._most:
             return f"the guard runs {self._most} workloads, its limit"
         free = self._places.free_bytes()
         if free < self._min_free_bytes:
@@ -326,7 +285,7 @@ class Guard:
         if workload.wait_status is None:
             workload.salvage_output()
             if not self._spawner.isolation.namespace:
-                self._hunt_strays()
+                strays.hunt(self._ours())
         if worker is None or worker.busy:
             reason = self._leases.reason(workload.name)
             late = self._leases.remove(workload.name, host.boot())
@@ -416,20 +375,6 @@ class Guard:
         text = base64.b64encode(data).decode()
         self._emit({"ev": "log", "id": message["id"], "data": text, "complete": complete})
 
-    def _census(self) -> Iterator[CensusEntry]:
-        for key, workload in self._live.items():
-            generation = self._leases.generation(key)
-            yield CensusEntry(workload.request.key, generation if generation is not None else 0, workload.phase)
-        for generation, wire in self._ledger.exits.values():
-            exited = exit_from_wire(wire)
-            yield CensusEntry(exited.key, generation, Phase.EXITED, exited)
-        for name, record in self._unrecorded.items():
-            exited = exit_from_wire(record)
-            yield CensusEntry(exited.key, self._ledger.started_keys[name].generation, Phase.EXITED, exited)
-        for key in self._ledger.tombstones:
-            if key not in self._live and key not in self._ledger.exits and key not in self._unrecorded:
-                yield CensusEntry(AttemptKey.parse(key), 0, Phase.TOMBSTONED)
-
     def _measure(self, now: float) -> None:
         """Find workloads over limits that the kernel does not hold for us."""
         found = self._spawner.groups.found
@@ -448,30 +393,6 @@ class Guard:
             workload.breach = breach
             self._leases.cut(workload.name, Reason.LIMIT, now, 0.0)
             self.enforce(now)
-
-    def _hunt_strays(self) -> None:
-        """Without namespaces: orphans of a keeper that somebody killed have become our children; kill them all."""
-        for _ in range(STRAY_ROUNDS):
-            processes = proctree.everything()
-            ours = self._ours()
-            kept = {p.pid for root in ours for p in proctree.descendants(root, processes)} | ours
-            strays = [p for p in proctree.descendants(os.getpid(), processes) if p.pid not in kept]
-            if not strays:
-                return
-            for stray in strays:
-                with suppress(ProcessLookupError):
-                    os.kill(stray.pid, signal.SIGKILL)
-            select.select([], [], [], 0.005)
-            self._reap_strays()
-
-    def _reap_strays(self) -> None:
-        """Collect dead children that are neither keepers nor the janitor."""
-        ours = self._ours()
-        with suppress(ChildProcessError):
-            while (dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
-                if dead.si_pid in ours:
-                    return
-                os.waitpid(dead.si_pid, os.WNOHANG)
 
     def _ours(self) -> set[int]:
         """Children of the guard that are no strays."""

@@ -140,7 +140,12 @@ def _run(argv: list[str], fault: str) -> None:
     """Run a step, its output in the log too. Raises Unprepared with the step's own last words."""
     try:
         step = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=INSTALL_SECONDS
+            argv,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=INSTALL_SECONDS,
         )
     except subprocess.TimeoutExpired:
         raise Unprepared(f"{fault}: not done in {INSTALL_SECONDS} s") from None
@@ -175,7 +180,7 @@ class BatonFinder(importlib.abc.MetaPathFinder):
     def __init__(self, packages: str) -> None:
         self._path = [packages]
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
+    def find_spec(self, name: str, path: object = None, target: object = None) -> Any:  # noqa: ARG002 - importlib's own
         """As importlib asks."""
         if name != "baton":
             return None

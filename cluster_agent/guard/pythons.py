@@ -107,8 +107,11 @@ class Pythons:
         draft.write_bytes(data)
         draft.rename(path)
 
-    def refusal(self, call: PythonCall) -> str | None:
-        """Why the call cannot be tried here; None when it can."""
+    def refusal(self, request: StartRequest) -> str | None:
+        """What a start lacks, of either kind; None when it is complete."""
+        call = request.python
+        if call is None:
+            return None if request.argv and request.argv[0] else "argv is empty"
         if call.code and not self._code(call.code).exists():
             return f"its code {call.code[:12]} did not arrive"
         return None
@@ -224,6 +227,12 @@ class Pythons:
         """Cut the attempt's log to its cap."""
         cap = request.limits.output_bytes
         self._places.cap_log(request.key.text(), cap, dropped_marker(cap))
+
+    @property
+    def extra_load(self) -> int:
+        """What workers hold beyond the live workloads, in workloads' worth of descriptors: the idle ones, and sockets."""
+        count = len(self._workers)
+        return sum(not worker.busy for worker in self._workers.values()) + (count + 3) // 4
 
     @property
     def keepers(self) -> set[int]:

@@ -45,12 +45,15 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything `place` looks at. A namespace without a weight has 1."""
+    """Everything `place` looks at. A namespace without a weight has 1, one without a quota may have any number of live tasks.
+    `closed` are namespaces that get nothing now, each with the sentence that says why."""
 
     offers: tuple[Offer, ...]
     wants: tuple[Want, ...]
     holdings: tuple[Holding, ...] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
+    quotas: Mapping[str, int] = field(default_factory=dict)
+    closed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ class Plan:
     """Grants, and for each (shard, group key) of which tasks still wait one sentence that names what is missing.
 
     `returning` are the (shard, group key) whose freed slots must come back, because a higher class or an owed share waits for
-    room where they are (C2)."""
+    room where they are (C2), or because their namespace holds more than its quota (O7)."""
 
     grants: tuple[Granted, ...]
     reasons: Mapping[tuple[str, str], str]

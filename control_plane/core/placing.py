@@ -45,20 +45,20 @@ def drop_grants(state: ShardState, command: DropGrants) -> None:
 
 
 def demand(state: ShardState, now: float) -> list[DemandLine]:
-    """Ready tasks by group (C1), in order of key. O(groups). Held back: what the namespace's quota forbids anyway."""
+    """Ready tasks by group (C1), in order of key. O(groups). Quotas are the leader's business: it says so to what waits (O7)."""
     lines = []
     for key in sorted(state.lanes):
         lane = state.lanes[key]
-        count = min(lane.count, _room(state, lane.group.namespace))
         head = lane.head()
-        if count > 0 and head is not None:
+        if lane.count > 0 and head is not None:
             run, task = head
-            lines.append(DemandLine(key, lane.group, count, run.latest_start(task) - now, lane.since()))
+            lines.append(DemandLine(key, lane.group, lane.count, run.latest_start(task) - now, lane.since()))
     return lines
 
 
 def _room(state: ShardState, namespace: str) -> int:
-    """Attempts that the namespace's quota still allows on this shard (O7)."""
+    """Attempts that the namespace's quota still allows on this shard, if it keeps the namespace: a bound that holds even without
+    the leader, who counts over all shards (O7)."""
     quota = state.catalog.quota(namespace)
     return max(0, quota - state.live_in.get(namespace, 0)) if quota else NO_QUOTA
 

@@ -8,6 +8,9 @@ its scarcest resource, divided by its weight, goes next, by small steps. In a na
 first, then the one that waits longest. What a namespace holds already counts, so a late-comer catches up: while a higher
 class or an owed share waits, others give their slots back as these become free (`Plan.returning`), and nobody is stopped.
 
+A namespace's quota (O7) bounds what it holds over all shards and clusters: nothing is permitted beyond it, and slots that its
+own tasks free may serve its next ones (C2), for that raises no count. Only while it holds too much do they come back.
+
 Choice: a cluster must be READY and OPEN, bear the names, labels, isolation and namespaces, and no taint that is not
 tolerated (`core.reasons`); then tasks are spread in proportion to how many more of them each cluster can hold, so that no
 cluster fills up while another idles, and one loss hurts least.
@@ -56,7 +59,7 @@ def place(snapshot: Snapshot, now: float) -> Plan:
     tickets = [_Ticket(want, want.start_by - now < URGENT_SLACK) for want in snapshot.wants if want.count > 0]
     for priority in sorted({ticket.want.group.priority for ticket in tickets}, reverse=True):
         board.serve([ticket for ticket in tickets if ticket.want.group.priority == priority], snapshot.weights)
-    returning = board.returning(tickets, snapshot.holdings, snapshot.weights)
+    returning = board.returning(tickets, snapshot.holdings, snapshot.weights) | board.quotas.over(snapshot.holdings)
     return Plan(tuple(_grants(tickets)), _reasons(tickets, board), returning)
 
 
@@ -85,6 +88,41 @@ class _Ticket:
         self.room_left -= count
 
 
+class _Quotas:
+    """How many live tasks each namespace may still get (O7)."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._closed = snapshot.closed
+        self._limits = {ns: quota for ns, quota in snapshot.quotas.items() if quota > 0}
+        self._left = dict(self._limits)
+        for holding in snapshot.holdings:
+            if (ns := holding.group.namespace) in self._left:
+                self._left[ns] -= holding.count
+
+    def bound(self, namespace: str, wanted: int) -> int:
+        """At most this many of `wanted`."""
+        if namespace in self._closed:
+            return 0
+        return min(wanted, max(self._left.get(namespace, wanted), 0))
+
+    def take(self, namespace: str, count: int) -> None:
+        """So many were permitted."""
+        if namespace in self._left:
+            self._left[namespace] -= count
+
+    def reason(self, namespace: str) -> str:
+        """Why the namespace gets nothing more; empty if it may."""
+        if namespace in self._closed:
+            return self._closed[namespace]
+        if self._left.get(namespace, 1) > 0:
+            return ""
+        return f"namespace {namespace} is at its quota of {self._limits[namespace]} live tasks"
+
+    def over(self, holdings: Iterable[Holding]) -> frozenset[tuple[str, str]]:
+        """(shard, group key) of namespaces that hold more than they may: their quota was lowered."""
+        return frozenset((h.shard, h.key) for h in holdings if h.count > 0 and self._left.get(h.group.namespace, 0) < 0)
+
+
 class _Board:
     """Rooms and shares while a plan is made."""
 
@@ -104,6 +142,7 @@ class _Board:
                 else:
                     room.give(need_of(resources), -count)
         self._shares = self._held(snapshot.holdings, snapshot.weights)
+        self.quotas = _Quotas(snapshot)
 
     def _held(self, holdings: Iterable[Holding], weights: Mapping[str, float]) -> dict[str, float]:
         """Weighted dominant share of each namespace before this plan."""
@@ -135,8 +174,12 @@ class _Board:
             step = ticket.room_left
             if heap and unit > 0:
                 step = min(step, max(1, int((heap[0][0] - share + SHARE_STEP) / unit)))
+            step = self.quotas.bound(ns, step)
             taken = self._take(ticket, step)
+            self.quotas.take(ns, taken)
             self._shares[ns] = share + taken * unit
+            if self.quotas.reason(ns):
+                continue
             if taken < step or ticket.room_left == 0:
                 queue.pop()
             if queue:
@@ -181,9 +224,9 @@ class _Board:
         poorest: dict[str, dict[int, float]] = defaultdict(dict)
         """Cluster -> class -> the least share that a namespace which waits there would have with one task more."""
         for ticket in tickets:
-            if ticket.left == 0 or ticket.room_left == 0:
-                continue
             group = ticket.want.group
+            if ticket.left == 0 or ticket.room_left == 0 or self.quotas.reason(group.namespace):
+                continue
             after = self._shares[group.namespace] + self._dominant(ticket.need) / _weight(weights, group.namespace)
             for i in self.candidates(ticket):
                 there = poorest[self.offers[i].facts.uid]
@@ -228,6 +271,10 @@ def _reasons(tickets: Iterable[_Ticket], board: _Board) -> dict[tuple[str, str],
     reasons: dict[tuple[str, str], str] = {}
     for ticket in tickets:
         if ticket.left == 0:
+            continue
+        barred = board.quotas.reason(ticket.want.group.namespace)
+        if barred:
+            reasons[ticket.want.shard, ticket.want.key] = barred
             continue
         kind = (ticket.want.key, ticket.urgent)
         if kind not in known:

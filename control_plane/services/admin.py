@@ -127,10 +127,6 @@ class Admin:
         found = await self._all(asked)
         yield admin_pb2.ListNamespacesResponse(namespaces=sorted(found, key=lambda namespace: namespace.name))
 
-    async def weights(self, asked: Asked) -> dict[str, float]:
-        """Weights of all namespaces (C1). Raises BatonError."""
-        return {namespace.name: namespace.weight for namespace in await self._all(asked)}
-
     async def _all(self, asked: Asked) -> list[admin_pb2.Namespace]:
         answers = await asyncio.gather(
             *(

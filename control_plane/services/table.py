@@ -17,7 +17,7 @@ from control_plane.services.create import Creation
 from control_plane.services.desk import Desk, shard_of_run
 from control_plane.services.graphs import Graphs
 from control_plane.services.logs import Logs
-from control_plane.services.methods import Asked, Kind, Method
+from control_plane.services.methods import Kind, Method
 from control_plane.services.runs import Runs
 from control_plane.services.trace import Traces
 from control_plane.services.watch import Bells, Watches
@@ -48,10 +48,6 @@ class Services:
         """Register the internal calls."""
         for service in (self._runs, self._creation, self._admin, self.logs, self.traces):
             service.serve_peers(calls)
-
-    async def weights(self, asked: Asked) -> dict[str, float]:
-        """Weights of all namespaces. Raises BatonError."""
-        return await self._admin.weights(asked)
 
     def _run_methods(self, watches: Watches) -> Sequence[Method]:
         def of_name(request: Any) -> str:

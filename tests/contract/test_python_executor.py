@@ -12,6 +12,7 @@ import json
 import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,8 @@ from cluster_agent.executors.base import (
     StartRequest,
     Stopped,
 )
+from cluster_agent.guard import proctree
+from cluster_agent.guard.protocol import start_to_wire
 from tests.contract.executor_worlds import ProcessWorld
 from tests.contract.test_executor import Agent
 
@@ -130,11 +133,17 @@ async def agent(world: ProcessWorld) -> AsyncIterator[Agent]:
     await made.executor.close()
 
 
-async def ran(agent: Agent, python: PythonCall, **more: object) -> Exited:
+async def ran(agent: Agent, python: PythonCall, **more: Any) -> Exited:
     """One call from start to end."""
     key = new_key()
     await agent.executor.start([start(key, python, **more)])
     return await agent.exit_of(key)
+
+
+def lives(pid: int) -> bool:
+    """Whether the process is there and no zombie."""
+    process = proctree.read(pid)
+    return process is not None and process.alive
 
 
 async def pid_of(agent: Agent, python: PythonCall) -> int:
@@ -147,7 +156,7 @@ async def pid_of(agent: Agent, python: PythonCall) -> int:
     return started.pid
 
 
-async def value(agent: Agent, python: PythonCall, **more: object) -> object:
+async def value(agent: Agent, python: PythonCall, **more: Any) -> object:
     """What a call returned."""
     exited = await ran(agent, python, **more)
     assert exited.succeeded, exited
@@ -348,8 +357,6 @@ async def test_what_a_call_leaves_behind_dies_with_its_worker(world: ProcessWorl
 
 def _sleepers(guard: int) -> int:
     """How many `sleep` processes the guard's tree has."""
-    from cluster_agent.guard import proctree  # noqa: PLC0415 - only here
-
     below = proctree.descendants(guard, proctree.everything())
     return sum(Path(f"/proc/{each.pid}/comm").read_text() == "sleep\n" for each in below)
 
@@ -391,13 +398,14 @@ async def test_workers_die_with_their_guard(world: ProcessWorld, agent: Agent) -
     [started] = await agent.until(Started, key)
     idle = await pid_of(agent, call("add", 1))
     assert isinstance(started, Started)
-    assert Path(f"/proc/{idle}").exists()
+    assert lives(idle)
     world.kill_guard()
     again = await Agent(world.executor()).connect()
-    assert again.census[key].exited is not None
-    assert again.census[key].exited.cause is Cause.LOST
-    assert not Path(f"/proc/{started.pid}").exists()
-    assert not Path(f"/proc/{idle}").exists()
+    lost = again.census[key].exited
+    assert lost is not None
+    assert lost.cause is Cause.LOST
+    assert not lives(started.pid)
+    assert not lives(idle)
     await again.executor.close()
 
 
@@ -420,8 +428,6 @@ async def test_damaged_code_closes_the_connection_and_missing_code_is_refused(
 
 
 def _wire(request: StartRequest) -> dict[str, object]:
-    from cluster_agent.guard.protocol import start_to_wire  # noqa: PLC0415 - only here
-
     return start_to_wire(request)
 
 
@@ -430,3 +436,49 @@ async def test_memory_over_the_limit_is_named(world: ProcessWorld, agent: Agent)
     exited = await ran(agent, python, limits=Limits(memory_bytes=100 << 20))
     assert not exited.succeeded
     assert "memory" in exited.message.lower()
+
+
+WHEEL = {
+    "small_package.py": "def double(x): return 2 * x\n",
+    "small_package-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: small-package\nVersion: 1.0\n",
+    "small_package-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "small_package-1.0.dist-info/RECORD": "small_package.py,,\n",
+}
+
+
+async def test_requirements_have_an_environment_of_their_own_made_once(
+    world: ProcessWorld, agent: Agent, tmp_path: Path
+) -> None:
+    wheel = tmp_path / "small_package-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in WHEEL.items():
+            archive.writestr(name, text)
+    requirement = f"small_package @ file://{wheel}"
+    code, data = packed(
+        uses="import small_package, sys\nfrom baton import task\n"
+        "def f(x): return [small_package.double(x), 'google.protobuf' in sys.modules]\n"
+        "def grpc():\n    import grpc\n"
+    )
+    python = PythonCall("uses:f", "[21]", (requirement,), code, data, "default")
+    keys = [new_key() for _ in range(2)]
+    await agent.executor.start([start(key, python, timeout_seconds=5.0, grace_seconds=0.1) for key in keys])
+    for key in keys:
+        exited = await agent.exit_of(key)
+        assert json.loads(exited.result) == [42, False], exited
+    hidden = await ran(agent, dataclasses.replace(python, function="uses:grpc", args_json="[]"))
+    assert "ModuleNotFoundError" in hidden.message
+    assert len(list((world.directory / "python" / "venvs").glob("*/.complete"))) == 1
+
+
+async def test_a_package_that_does_not_install_is_an_applications_failure(
+    world: ProcessWorld, agent: Agent, tmp_path: Path
+) -> None:
+    requirement = f"small_package @ file://{tmp_path}/missing-1.0-py3-none-any.whl"
+    python = dataclasses.replace(call("add", 1), requirements=(requirement,))
+    first = await ran(agent, python)
+    assert first.cause is Cause.SPAWN
+    assert "small_package" in first.message
+    assert "does not install: " in first.message
+    again = await ran(agent, python)
+    assert again.message == first.message
+    assert again.end_wall - again.start_wall < first.end_wall - first.start_wall

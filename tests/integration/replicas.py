@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -50,7 +51,8 @@ class Rig:
     history: MemoryHistory = field(default_factory=MemoryHistory)
     nodes: list[Node] = field(default_factory=list)
 
-    async def add(self, name: str) -> Node:
+    async def add(self, name: str, **more: Any) -> Node:
+        """`more`: further `Parts`."""
         server = GrpcServer(Listener("127.0.0.1:0", reflection=True))
         store = MemoryStore(self.etcd)
         parts = Parts(
@@ -60,6 +62,7 @@ class Rig:
             clock=CLOCK,
             entropy=ENTROPY,
             history=self.history,
+            **more,
         )
         replica = Replica(Identity(name, server.address), parts)
         await replica.start()
@@ -86,11 +89,11 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(*names: str) -> AsyncIterator[Rig]:
+async def rig(*names: str, **more: Any) -> AsyncIterator[Rig]:
     made = Rig()
     try:
         for name in names:
-            await made.add(name)
+            await made.add(name, **more)
         await made.settled()
         yield made
     finally:

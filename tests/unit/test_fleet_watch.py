@@ -25,7 +25,7 @@ from control_plane.core.fleet import Fleet
 from control_plane.core.model import FLEET, Evidence, FleetTable, GraphTask, Health, TaskSpec
 from control_plane.core.shard import RunShard
 from control_plane.fleet_keys import SessionInfo, encode_table, side_puts
-from control_plane.fleet_watch import POLL_INTERVAL, FleetWatch
+from control_plane.fleet_watch import MAX_GAP, POLL_INTERVAL, FleetWatch
 from control_plane.guard_wait import LEVEL, GuardWait
 from control_plane.store import keys
 from control_plane.store.base import Put, Txn
@@ -180,6 +180,30 @@ def test_s4_a_suspend_is_a_gap() -> None:
         await world.clock.sleep(L - 2.0)
         world.clock.step_boot(5.0)
         assert await world.until_lost() >= L - 1.0
+
+    story(play)
+
+
+def test_s4_a_stall_of_our_own_loop_is_no_gap_while_nothing_was_renewed() -> None:
+    async def play(world: World) -> None:
+        await world.open()
+        await world.beat()
+        for _ in range(6):
+            await world.clock.sleep(1.0)
+            world.clock.step_boot(MAX_GAP - 2 * POLL_INTERVAL - 0.1)
+        assert await world.until_lost() <= L - 6 * (MAX_GAP - 0.1 - 2 * POLL_INTERVAL) - 4.0, "L went on"
+
+    story(play)
+
+
+def test_s4_a_renewal_within_a_stall_starts_l_anew() -> None:
+    async def play(world: World) -> None:
+        await world.open()
+        await world.beat()
+        await world.clock.sleep(L - 3.0)
+        await world.beat()
+        world.clock.step_boot(MAX_GAP - 2 * POLL_INTERVAL - 0.1)
+        assert await world.until_lost() >= L - POLL_INTERVAL
 
     story(play)
 

@@ -9,10 +9,20 @@ from typing import Any
 
 from baton.internal import peer_pb2 as pb
 from baton.v1 import agent_pb2, cluster_pb2
-from control_plane.core.commands import CreateRun, DropGrants, Finish, Request, TakeGrants, TakeReports, TakeTable
+from control_plane.core.commands import (
+    CreateRun,
+    DropGrants,
+    Finish,
+    PutNamespace,
+    Request,
+    TakeGrants,
+    TakeReports,
+    TakeTable,
+)
 from control_plane.core.fleet import Fleet
 from control_plane.core.model import (
     FLEET,
+    RUN_SHARDS,
     Admission,
     AttemptId,
     ClusterFacts,
@@ -24,13 +34,14 @@ from control_plane.core.model import (
     Outcome,
     Resources,
     TaskSpec,
+    shard_of,
 )
 from control_plane.core.shard import RunShard
 from control_plane.demand_wire import decode_group, encode_group
 from control_plane.fleet_keys import encode_table
 from control_plane.placement import Placement
-from control_plane.placement_leader import GRANT_TTL
-from control_plane.placement_owner import LEVEL
+from control_plane.placement_leader import DEMAND_TTL, GRANT_TTL, HEARING
+from control_plane.placement_owner import LEVEL, QUIET_LEVEL
 from control_plane.store import keys
 from control_plane.store.base import Put, Txn
 from control_plane.store.memory import MemoryEtcd, MemoryStore
@@ -106,6 +117,13 @@ class World:
         await self.tell_table()
         await self.report(name, cpus)
 
+    def lead(self) -> None:
+        """This replica owns fleet. Shards that are of no concern to the test have told that they hold nothing (O7)."""
+        self.controller.take(FLEET, Fleet())
+        for shard in RUN_SHARDS:
+            if shard not in self.shards:
+                self.wire.take_demand(pb.Demand(shard=shard))
+
     async def tell_table(self) -> None:
         self.beat_seq += 1
         table = FleetTable(self.beat_seq, dict(self.facts))
@@ -169,7 +187,7 @@ def story(play: Callable[[World], Coroutine[Any, Any, None]], *, lead: bool = Tr
         tasks = [asyncio.create_task(world.view.run()), asyncio.create_task(world.placement.run())]
         await world.view.ready()
         if lead:
-            world.controller.take(FLEET, Fleet())
+            world.lead()
             await world.clock.sleep(GRANT_TTL + 0.1)
         await play(world)
         for shard in world.shards.values():
@@ -355,7 +373,7 @@ def test_c3_a_new_leader_is_silent_for_one_ttl_and_terms_only_rise() -> None:
         await world.cluster("eu", 8)
         await world.take("00")
         await world.submit_run(5)
-        world.controller.take(FLEET, Fleet())
+        world.lead()
         await world.clock.sleep(GRANT_TTL - 0.01)
         assert world.wire.grants == []
         assert world.wire.demands[-1].seq > 2, "it is asked again and again"
@@ -419,7 +437,7 @@ def test_c2_an_owed_share_gets_slots_as_they_become_free() -> None:
     story(play)
 
 
-def test_an_idle_shard_is_silent() -> None:
+def test_o7_an_idle_shard_says_so_but_slowly() -> None:
     async def play(world: World) -> None:
         await world.cluster("eu", 8)
         await world.take("00")
@@ -430,7 +448,7 @@ def test_an_idle_shard_is_silent() -> None:
         said = len(world.wire.demands)
         await world.report("eu", 8)
         await world.clock.sleep(30.0)
-        assert len(world.wire.demands) <= said + 2
+        assert len(world.wire.demands) <= said + 2 + 31 / QUIET_LEVEL
         assert not world.wire.demands[-1].groups
 
     story(play)
@@ -466,3 +484,109 @@ def test_groups_survive_the_wire() -> None:
     group = Group("ns", -5, need, True, (("gpu", "a100"),), ("eu", "us"), ("spot",))
     assert decode_group(encode_group(group)) == group
     assert decode_group(encode_group(group)).key() == group.key()
+
+
+KEEPER = shard_of("ns", "")
+FIRST, SECOND = [shard for shard in RUN_SHARDS if shard != KEEPER][:2]
+
+
+async def quota(world: World, count: int) -> None:
+    await world.controller.submit(KEEPER, PutNamespace(Request("", ""), "ns", 1.0, count, 0.0), timeout=1.0)
+    await world.clock.sleep(0.1)
+
+
+def reason(world: World, shard: str) -> str:
+    task = world.shards[shard].task_at(f"run-{shard}", 19)
+    assert task is not None
+    return task.reason
+
+
+def test_o7_a_quota_holds_over_shards_that_do_not_keep_the_namespace() -> None:
+    async def play(world: World) -> None:
+        await world.cluster("eu", 40)
+        await world.take(KEEPER, FIRST, SECOND)
+        await quota(world, 6)
+        for shard in (FIRST, SECOND):
+            await world.submit_run(20, shard=shard, name=shard)
+        await world.clock.sleep(3.0)
+        assert sum(world.live(shard).get("eu", 0) for shard in (FIRST, SECOND)) == 6
+        assert "namespace ns is at its quota of 6 live tasks" in {reason(world, FIRST), reason(world, SECOND)}
+        busy = max((FIRST, SECOND), key=lambda shard: world.live(shard).get("eu", 0))
+        await world.finish("eu", 2, busy)
+        await world.clock.sleep(3.0)
+        assert sum(world.live(shard).get("eu", 0) for shard in (FIRST, SECOND)) == 6, "C2: slots serve their next"
+        await quota(world, 9)
+        await world.clock.sleep(1.0)
+        assert sum(world.live(shard).get("eu", 0) for shard in (FIRST, SECOND)) == 9
+
+    story(play)
+
+
+def test_o7_what_a_silent_shard_held_counts_until_it_speaks_again() -> None:
+    async def play(world: World) -> None:
+        await world.cluster("eu", 40)
+        await world.take(KEEPER, FIRST, SECOND)
+        await quota(world, 6)
+        await world.submit_run(20, shard=FIRST, name=FIRST)
+        await world.clock.sleep(1.0)
+        assert world.live(FIRST) == {"eu": 6}
+        world.controller.drop(FIRST)
+        await world.submit_run(20, shard=SECOND, name=SECOND)
+        await world.clock.sleep(3 * DEMAND_TTL)
+        assert world.live(SECOND) == {}
+
+    story(play)
+
+
+def test_o7_a_new_leader_gives_nothing_of_a_quota_before_it_has_heard_every_shard() -> None:
+    async def play(world: World) -> None:
+        await world.cluster("eu", 40)
+        await world.take(KEEPER, FIRST, SECOND)
+        world.wire.lose = lambda message: message.demand.shard == FIRST
+        world.lead()
+        await quota(world, 6)
+        await world.submit_run(20, shard=SECOND, name=SECOND)
+        await world.clock.sleep(GRANT_TTL + 3.0)
+        assert world.live(SECOND) == {}
+        assert reason(world, SECOND) == "waits until 1 more shards have said what they hold of its quota"
+        world.wire.lose = lambda message: False
+        await world.clock.sleep(QUIET_LEVEL + 0.2)
+        assert world.live(SECOND) == {"eu": 6}
+
+    story(play, lead=False)
+
+
+def test_o7_a_namespace_whose_keeper_has_not_spoken_waits_but_not_for_ever() -> None:
+    async def play(world: World) -> None:
+        await world.cluster("eu", 40)
+        await world.take(KEEPER, SECOND)
+        world.wire.lose = lambda message: message.demand.shard == KEEPER
+        world.lead()
+        await world.submit_run(20, shard=SECOND, name=SECOND)
+        await world.clock.sleep(GRANT_TTL + 1.0)
+        assert world.live(SECOND) == {}
+        assert reason(world, SECOND) == "waits until the quota of namespace ns is known"
+        await world.clock.sleep(HEARING)
+        assert world.live(SECOND) == {"eu": 20}
+
+    story(play, lead=False)
+
+
+def test_c1_weights_come_with_the_demand_of_the_shard_that_keeps_the_namespace() -> None:
+    async def play(world: World) -> None:
+        await world.cluster("eu", 8)
+        keeper = shard_of("heavy", "")
+        await world.take(*{keeper, "00"})
+        await world.controller.submit(keeper, PutNamespace(Request("", ""), "heavy", 3.0, 0, 0.0), timeout=1.0)
+        await world.clock.sleep(1.0)
+        await world.cluster("eu", 0)
+        await world.submit_run(20, shard="00", name="a", namespace="heavy")
+        await world.submit_run(20, shard="00", name="b", namespace="light")
+        await world.clock.sleep(0.1)
+        await world.report("eu", 8)
+        await world.clock.sleep(1.0)
+        machine = world.shards["00"]
+        owners = Counter(attempt.run for attempt in machine.live_on("eu"))
+        assert owners == {"run-a": 6, "run-b": 2}
+
+    story(play)

@@ -417,3 +417,57 @@ def test_c4_memory_that_an_agent_does_not_account_for_bounds_nothing() -> None:
     unaccounted, exhausted = Shape(1, 4000, 0), Shape(1, 4000, 0, total_memory_bytes=8 << 30)
     assert Room([unaccounted]).fit(need) == 4
     assert Room([exhausted]).fit(need) == 0
+
+
+def held(of: Group, count: int, cluster_uid: str = "u-eu", shard: str = "07") -> Holding:
+    return Holding(shard, of.key(), of, cluster_uid, count)
+
+
+def test_o7_a_namespace_never_gets_more_than_its_quota_over_all_shards_and_clusters() -> None:
+    a, b = group("a"), group("a", 2.0)
+    plan = plan_of(
+        [cluster("eu", nodes(20, 4)), cluster("us", nodes(20, 4))],
+        [want(a, 10, shard="00"), want(b, 10, shard="01"), want(group("b"), 5, shard="02")],
+        holdings=(held(a, 3), held(b, 2, "u-us", "08")),
+        quotas={"a": 7},
+    )
+    by_shard = Counter[str]()
+    for grant in plan.grants:
+        by_shard[grant.shard] += grant.count
+    assert by_shard["00"] + by_shard["01"] == 2
+    assert by_shard["02"] == 5
+    assert {plan.reasons["00", a.key()], plan.reasons["01", b.key()]} == {"namespace a is at its quota of 7 live tasks"}
+
+
+def test_o7_who_waits_for_a_quota_asks_nobody_for_a_slot_and_a_lowered_quota_asks_slots_back() -> None:
+    a, b = group("a"), group("b")
+    full = [cluster("eu", nodes(1, 0))]
+    at_quota = plan_of(full, [want(a, 5)], holdings=(held(a, 1), held(b, 9)), quotas={"a": 1})
+    assert at_quota.returning == frozenset()
+    lowered = plan_of(full, [want(a, 5)], holdings=(held(a, 3),), quotas={"a": 1})
+    assert lowered.returning == {("07", a.key())}
+    assert not lowered.grants
+
+
+def test_o7_a_closed_namespace_gets_nothing_and_says_why() -> None:
+    a, b = group("a"), group("b")
+    plan = plan_of([cluster("eu", nodes(9, 4))], [want(a, 3), want(b, 3)], closed={"a": "not known yet"})
+    assert {grant.key for grant in plan.grants} == {b.key()}
+    assert plan.reasons["00", a.key()] == "not known yet"
+
+
+@given(
+    quota=st.integers(1, 30),
+    holds=st.lists(st.integers(0, 8), max_size=4),
+    counts=st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    others=st.integers(0, 20),
+)
+def test_o7_over_any_demand_the_quota_holds(quota: int, holds: list[int], counts: list[int], others: int) -> None:
+    a = group("a")
+    wants = [want(a, count, shard=f"{i:02}") for i, count in enumerate(counts)] + [want(group("b"), others)]
+    holdings = tuple(held(a, count, shard=f"{10 + i}") for i, count in enumerate(holds))
+    plan = plan_of([cluster("eu", nodes(30, 4))], wants, holdings=holdings, quotas={"a": quota})
+    got = sum(grant.count for grant in plan.grants if grant.key == a.key())
+    assert got == min(max(quota - sum(holds), 0), sum(counts)), (
+        "neither more than the quota nor less than there is room for"
+    )
