@@ -313,9 +313,10 @@ class AsyncClient:
         answer = await self._call(lambda to, s: to.admin.PutNamespace(request, timeout=s))
         return answer.namespace
 
-    async def confirm_restored(self, *, request_id: str = "") -> int:
-        """Says that etcd was restored on purpose (PROTOCOL J12); the new incarnation."""
-        request = admin_pb2.ConfirmRestoredRequest(request_id=request_id or self.new_request_id())
+    async def confirm_restored(self, *, now: bool = False, request_id: str = "") -> int:
+        """Says that etcd was restored on purpose (PROTOCOL J12); the new incarnation. Raises WrongState, with `retry_after`, while
+        work from after the backup may still run; `now` does not wait for its end: it may overlap with its repetition."""
+        request = admin_pb2.ConfirmRestoredRequest(request_id=request_id or self.new_request_id(), now=now)
         answer = await self._call(lambda to, s: to.admin.ConfirmRestored(request, timeout=s))
         return answer.incarnation
 

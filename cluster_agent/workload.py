@@ -108,6 +108,8 @@ def _ended(exited: Exited) -> Ended:
     message = exited.message
     if exited.succeeded:
         outcome = Outcome.SUCCEEDED
+    elif not message and exited.cause is Cause.TIMEOUT:
+        message = "timed out: it ran longer than its `timeout`"
     elif not message and exited.signal is not None:
         message = f"ended by signal {exited.signal}"
     return Ended(

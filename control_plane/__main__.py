@@ -133,6 +133,7 @@ async def _serve(config: Config) -> int:
         entropy=SystemEntropy(),
         history=history,
         snapshotter=helper,
+        quota_bytes=config.etcd_quota_bytes,
         backup=lambda: _backup(config, etcd_tls),
         meter=watching.meter,
         archived=watching.archived,

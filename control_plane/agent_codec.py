@@ -149,7 +149,7 @@ class DispatchWriter:
                 template=index,
                 task_id=view.task_id,
                 run=f"namespaces/{view.namespace}/runs/{view.run_id}",
-                fence=f"{self._shard.incarnation}.{attempt.n}",
+                fence=view.fence,
                 deadline_wall_ms=int(view.deadline * 1000),
                 inputs=inputs,
                 traceparent=traceparent(view.trace_id, attempt),

@@ -58,8 +58,7 @@ class Translator:
 
     run: Callable[[RunView, str], run_pb2.Run]
     """(run, its shard)"""
-    task: Callable[[TaskView, int], run_pb2.TaskStatus]
-    """(task, incarnation)"""
+    task: Callable[[TaskView], run_pb2.TaskStatus]
     event: Callable[[RunEventView, Callable[[int], str]], run_pb2.RunEvent]
     """(event, index -> task id)"""
 
@@ -149,7 +148,7 @@ class Archiver:
                 lambda machine, start=start: machine.tasks(uid, start, PIECE),  # type: ignore[misc]  # a default
                 timeout=READ_TIMEOUT,
             )
-            response = run_pb2.ListTasksResponse(tasks=[self._translator.task(t, shard.incarnation) for t in tasks])
+            response = run_pb2.ListTasksResponse(tasks=[self._translator.task(t) for t in tasks])
             nonces = {attempt_key(t.index, a.id.n): a.id.nonce for t in tasks for a in t.attempts}
             pieces.append(Piece(start, response, nonces))
             await self._clock.sleep(0)

@@ -49,6 +49,8 @@ class Config:
     """host:port of members."""
     etcd_prefix: str = "baton/"
     """Of all keys; two federations may share an etcd under two prefixes."""
+    etcd_quota_bytes: int = 0
+    """Quota of an etcd before 3.6, which does not tell (its --quota-backend-bytes); 0: etcd's default of 2 GiB."""
     listen: str = "127.0.0.1:0"
     """host:port; port 0 takes a free one."""
     advertise: str = ""
@@ -123,6 +125,12 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TypeError("must be a whole number, 0 or more")
+    return value
+
+
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError("must be true or false")
@@ -138,6 +146,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "history": _path,
     "etcd": _texts,
     "etcd_prefix": _text,
+    "etcd_quota_bytes": _count,
     "listen": _text,
     "advertise": _text,
     "lease_ttl": _number,
@@ -271,6 +280,9 @@ def arguments() -> argparse.ArgumentParser:
     add("--advertise", metavar="HOST:PORT", help="where others reach it (default: where it listens)")
     add("--etcd", action="append", metavar="HOST:PORT", help="an etcd member; may be repeated (default 127.0.0.1:2379)")
     add("--etcd-prefix", metavar="PREFIX", help="of all keys in etcd (default baton/)")
+    add(
+        "--etcd-quota-bytes", type=int, metavar="BYTES", help="quota of an etcd before 3.6, which does not tell its own"
+    )
     add("--history", type=Path, metavar="PATH", help="file of finished runs, shared by the replicas of a host")
     add("--lease-ttl", type=float, metavar="SECONDS", help="a dead replica's shards are free after this (default 5)")
     add("--port-file", type=Path, metavar="PATH", help="write host:port here once it listens")

@@ -193,7 +193,13 @@ class Dispatcher:
         shard, cluster = message.shard, message.cluster_uid
         held = codec.held(message.inventory)
         command = TakeInventory(
-            cluster, message.generation, message.boot_id, message.journal_uid, held, self._view.table
+            cluster,
+            message.generation,
+            message.boot_id,
+            message.journal_uid,
+            held,
+            self._view.table,
+            incarnation=message.incarnation,
         )
         verdict = await self._controller.submit(shard, command, timeout=context.timeout)
         owned = self._controller.owned().get(shard)

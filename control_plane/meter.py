@@ -24,11 +24,11 @@ from control_plane.controller import Controller
 from control_plane.core.commands import Outbox, Refused
 from control_plane.core.model import AttemptState, RunState, TaskState
 from control_plane.core.shard import RunShard
-from control_plane.core.span_model import Change
 from control_plane.core.span_times import overlapping_owners
 from control_plane.core.views import RunEventView, RunView
 from control_plane.history import Archive
 from control_plane.refusals import NotOwned, StoreDown
+from control_plane.services.trace import changes
 from control_plane.slots import OwnedShard
 
 log = logging.getLogger(__name__)
@@ -263,7 +263,4 @@ def _count_failures(counts: Counts, view: RunView, event: RunEventView, machine:
 
 def _check(events: Iterable[run_pb2.RunEvent]) -> int:
     """Placements of a task that had an owner. In a thread: the run may be large."""
-    rows = (
-        Change(0, event.kind, row.index, row.attempt, TaskState(row.state)) for event in events for row in event.changes
-    )
-    return overlapping_owners(rows)
+    return overlapping_owners(changes(events))

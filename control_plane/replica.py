@@ -17,8 +17,10 @@ from baton.clock import Clock, Entropy
 from baton.internal import peer_pb2
 from baton.leases import PROFILES, LeaseValues
 from baton.v1 import agent_pb2
+from control_plane.aftermath import Aftermath
 from control_plane.archiver import Archiver, Translator
 from control_plane.codec import FEATURE_LEVEL
+from control_plane.confirmation import Confirmation
 from control_plane.controller import Controller
 from control_plane.core.fleet import Fleet
 from control_plane.core.machine import Machine
@@ -46,6 +48,7 @@ from control_plane.sessions import Refuse, Sessions, SessionsConfig
 from control_plane.snapshots import Snapshots, Snapshotter
 from control_plane.store.base import Store, StoreError
 from control_plane.store.keeper import LeaseKeeper
+from control_plane.store_room import StoreRoom
 from control_plane.view import MemberInfo, View
 
 log = logging.getLogger(__name__)
@@ -81,6 +84,8 @@ class Parts:
     """Without one logs grow: for short lives only."""
     backup: Snapshot | None = None
     """A consistent backup of the store, if the adapter offers one."""
+    quota_bytes: int = 0
+    """Quota of a store that does not tell its own (J9); 0: etcd's default."""
     meter: Meter | None = None
     """What is counted for /metrics, if anybody asks."""
     archived: Callable[[Archive], None] | None = None
@@ -211,13 +216,23 @@ class Replica:
         self._fleet_watch = FleetWatch(store, clock, controller)
         self._guard_wait = GuardWait(clock, controller, view)
         FleetCalls(controller, calls)
-        desk = Desk(controller, self.forwarder, router, view, parts.history, clock, entropy)
-        self.services = Services(desk, confirm_restored=controller.restore.confirm_restored, snapshot=parts.backup)
+        self._room = StoreRoom(store, clock, parts.quota_bytes)
+        desk = Desk(controller, self.forwarder, router, view, parts.history, clock, entropy, self._room.refuses)
+        confirmation = Confirmation(controller.restore, view, clock)
+        self.services = Services(desk, confirm_restored=confirmation.confirm, snapshot=parts.backup)
         self.services.serve_peers(calls)
+        self._aftermath = Aftermath(parts.history, controller, clock)
         self._archiver = Archiver(parts.history, controller, clock, _translator(desk), self._note_archived)
         self._snapshots = Snapshots(store, clock, controller, parts.snapshotter) if parts.snapshotter else None
         router.on_from_cluster(self._from_cluster)
-        for listener in (self.dispatcher, self._placement, self._fleet_watch, self._guard_wait, self.services.bells):
+        for listener in (
+            self.dispatcher,
+            self._placement,
+            self._fleet_watch,
+            self._guard_wait,
+            self._aftermath,
+            self.services.bells,
+        ):
             controller.listen(listener)
         if parts.meter is not None:
             parts.meter.bind(controller)
@@ -235,6 +250,8 @@ class Replica:
             self._fleet_watch,
             self._guard_wait,
             self._archiver,
+            self._aftermath,
+            self._room,
             *((self._snapshots,) if self._snapshots else ()),
             *((self.parts.meter,) if self.parts.meter else ()),
         )
@@ -272,6 +289,6 @@ def _translator(desk: Desk) -> Translator:
     """How the archiver makes public messages."""
     return Translator(
         run=translate.run,
-        task=lambda view, incarnation: translate.task(view, incarnation, desk.cluster_name),
+        task=lambda view: translate.task(view, desk.cluster_name),
         event=lambda view, task_id: translate.run_event(view, task_id, desk.cluster_name),
     )

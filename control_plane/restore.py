@@ -13,7 +13,7 @@ A seq trimmed longer ago than the manifest remembers proves nothing: then only "
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -116,14 +116,17 @@ class RestoreDetector:
         )
         await settle_txn(self._store, self._clock, stop, timeout=CHECK_TIMEOUT)
 
-    async def confirm_restored(self) -> int:
+    async def confirm_restored(self, may_lift: Callable[[str], None] | None = None) -> int:
         """An operator has looked: raise the incarnation and lift the stop, in one transaction. The incarnation that is
-        then in force; unchanged if nothing was suspected. Raises Unavailable."""
+        then in force; unchanged if nothing was suspected. `may_lift` is asked with the suspicion before each try, and
+        what it raises is raised. Raises Unavailable."""
         while True:
             found, _ = await read_keys(self._store, [keys.INCARNATION, keys.RESTORED_SUSPECTED], timeout=CHECK_TIMEOUT)
             incarnation = read_incarnation(found[0])
             if found[1] is None:
                 return incarnation
+            if may_lift is not None:
+                may_lift(found[1].value.decode())
             lift = Txn(
                 (
                     Compare.equals(keys.INCARNATION, str(incarnation).encode()),

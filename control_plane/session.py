@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from baton.leases import LeaseValues
+from baton.leases import LeaseValues, to_millis
 from baton.v1 import agent_pb2 as pb
+from control_plane.core.commands import SessionGrant
 
 
 class StreamClosed(Exception):
@@ -85,3 +86,19 @@ def check_hello(stream: AgentStream, hello: pb.Hello, federation_uid: str) -> No
     if hello.marks and not hello.federation_uid:
         # Nothing could be compared with them, and a restore would go unseen (J12).
         raise Refuse("INVALID_ARGUMENT", "hello cites marks without the federation they are of", 30.0)
+
+
+def welcome(
+    grant: SessionGrant, lease: LeaseValues, wall: float, federation_uid: str, replica: str, replicas: Iterable[str]
+) -> pb.Welcome:
+    """The answer to a Hello. `wall`: this replica's wall clock, seconds; `replicas`: addresses where agents may dial."""
+    return pb.Welcome(
+        cluster_uid=grant.cluster,
+        generation=grant.generation,
+        resumed=grant.resumed,
+        lease=pb.LeaseValues(**to_millis(lease)),  # type: ignore[arg-type]
+        server_wall_ms=int(wall * 1000),
+        federation_uid=federation_uid,
+        replica=replica,
+        replicas=sorted(replicas),
+    )

@@ -23,7 +23,7 @@ from typing import Any
 
 from baton.clock import Clock, Entropy
 from baton.internal import peer_pb2 as peer
-from baton.leases import LeaseValues, to_millis
+from baton.leases import LeaseValues
 from baton.v1 import agent_pb2 as pb
 from control_plane.core.commands import OpenSession, Refused, SessionGrant
 from control_plane.core.model import FLEET, RUN_SHARDS
@@ -31,7 +31,7 @@ from control_plane.heartbeats import BEAT_TIMEOUT, Beating, Heartbeats
 from control_plane.peers import CallContext, CallFailed, CallLost, single
 from control_plane.refusals import NotOwned, OutcomeUnknown, StoreDown
 from control_plane.router import Router
-from control_plane.session import AgentStream, Refuse, Session, SessionsConfig, StreamClosed, check_hello
+from control_plane.session import AgentStream, Refuse, Session, SessionsConfig, StreamClosed, check_hello, welcome
 from control_plane.session_calls import ALIVE, INVENTORY, LOSE, OPEN, decode_grant, encode_lose, encode_open
 from control_plane.store import keys
 from control_plane.store.base import Ambiguous, Compare, NotApplied, Put, Store, Txn, Unavailable
@@ -151,17 +151,9 @@ class Sessions:
             inventories={inventory.shard: inventory for inventory in hello.inventory},
         )
         self._by_cluster[grant.cluster] = session
-        welcome = pb.Welcome(
-            cluster_uid=grant.cluster,
-            generation=grant.generation,
-            resumed=grant.resumed,
-            lease=pb.LeaseValues(**to_millis(lease)),  # type: ignore[arg-type]
-            server_wall_ms=int(self._clock.wall() * 1000),
-            federation_uid=self._config.federation_uid,
-            replica=self._router.replica,
-            replicas=sorted(member.address for member in self._view.members.values()),
-        )
-        stream.send(pb.SessionResponse(welcome=welcome))
+        addresses = [member.address for member in self._view.members.values()]
+        said = welcome(grant, lease, self._clock.wall(), self._config.federation_uid, self._router.replica, addresses)
+        stream.send(pb.SessionResponse(welcome=said))
         log.info("session open", extra={"cluster": hello.cluster, "generation": grant.generation})
         for shard in RUN_SHARDS:
             self._tell_inventory(session, shard)
@@ -318,6 +310,7 @@ class Sessions:
             inventory=session.inventories.get(shard) or pb.ShardInventory(shard=shard),
             boot_id=session.hello.boot_id,
             journal_uid=session.hello.journal_uid,
+            incarnation=session.incarnation,
         )
         payload = self._router.replica.encode() + b"\n" + up.SerializeToString()
         pause = RETRY_PAUSE

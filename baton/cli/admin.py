@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from pathlib import Path
 
 import click
@@ -12,8 +14,18 @@ from baton import quantity
 from baton.cli import render, session
 from baton.cli.render import Column, Kind
 from baton.client import AsyncClient
+from baton.clock import Clock
 from baton.contexts import Context
+from baton.errors import WrongState
+from baton.leases import PROFILES, recovery_seconds
 from baton.v1 import admin_pb2
+
+PATIENCE = 3 * max(map(recovery_seconds, PROFILES.values()))
+"""Seconds that `restored` waits at most: what the most patient clusters need, and twice more, for a replica that restarts counts
+anew. Smaller: given up when it is nearly over; larger: replicas that restart again and again hide behind a countdown."""
+
+SHORTEST_WAIT = 0.2
+"""Seconds between two tries at least; the time left is told in whole milliseconds, rounded down."""
 
 
 def _days(duration: Duration) -> str:
@@ -46,9 +58,13 @@ def admin() -> None:
 
 @admin.command()
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--now", is_flag=True, help="Do not wait: you know that no work from after the snapshot survives.")
 @session.connected
-def restored(yes: bool, to: Context) -> None:
+def restored(yes: bool, now: bool, to: Context) -> None:
     """Say that etcd was restored from a snapshot on purpose (PROTOCOL J12); work goes on after it.
+
+    Waits until every agent has ended what was placed after the snapshot, so that nothing runs beside its repetition. With
+    --now it may.
 
     \b
     Example:
@@ -56,7 +72,32 @@ def restored(yes: bool, to: Context) -> None:
     """
     if not yes:
         click.confirm("What was acknowledged after the snapshot may be lost. Was etcd restored on purpose?", abort=True)
-    click.echo(f"incarnation {session.ask(to, AsyncClient.confirm_restored)}")
+
+    async def confirm(client: AsyncClient) -> int:
+        end = client.clock.boot() + PATIENCE
+        while True:
+            try:
+                return await client.confirm_restored(now=now)
+            except WrongState as early:
+                if early.retry_after is None or client.clock.boot() + early.retry_after > end:
+                    raise
+                await _count_down(client.clock, max(early.retry_after, SHORTEST_WAIT))
+
+    click.echo(f"incarnation {session.ask(to, confirm)}")
+
+
+async def _count_down(clock: Clock, seconds: float) -> None:
+    """Wait, and say how long on standard error: every second on one line of a terminal, else once."""
+    text = "work from after the snapshot may still run; confirming in"
+    if not sys.stderr.isatty():
+        click.echo(f"{text} {math.ceil(seconds)} s", err=True)
+        await clock.sleep(seconds)
+        return
+    end = clock.boot() + seconds
+    while (left := end - clock.boot()) > 0:
+        click.echo(f"\r{text} {math.ceil(left)} s ", err=True, nl=False)
+        await clock.sleep(min(left, 1.0))
+    click.echo(err=True)
 
 
 @admin.command()

@@ -114,12 +114,11 @@ def _row(
 
 
 def bar(phases: Sequence[trace_pb2.Span], begin: float, end: float) -> str:
-    """Where in the run's time each phase was: `[  ..-====+  ]`. A phase that took any time at all shows unless a longer one
-    needs its place."""
+    """Where in the run's time each phase was: `[  ..-====+  ]`. Where several share a place, the longest shows."""
     inner = WIDTH - 2
     scale = inner / max(end - begin, 1e-6)
     cells = [" "] * inner
-    for phase in phases:
+    for phase in sorted(phases, key=lambda each: _bounds(each)[1] - _bounds(each)[0]):
         start, stop = _bounds(phase)
         left = min(inner - 1, max(0, int((start - begin) * scale)))
         right = min(inner, max(left + 1, round((stop - begin) * scale)))

@@ -175,6 +175,7 @@ class FromCluster(_message.Message):
     SHARD_FIELD_NUMBER: _builtins.int
     BOOT_ID_FIELD_NUMBER: _builtins.int
     JOURNAL_UID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     cluster_uid: _builtins.str
     """Uid of the cluster."""
     generation: _builtins.int
@@ -187,6 +188,8 @@ class FromCluster(_message.Message):
     """With an inventory: the host's boot id."""
     journal_uid: _builtins.str
     """With an inventory: uid of the agent's journal."""
+    incarnation: _builtins.int
+    """With an inventory: incarnation of the store when the Hello came (PROTOCOL J12)."""
     @_builtins.property
     def reports(self) -> _agent_pb2.Reports:
         """Reports of one shard, or"""
@@ -216,10 +219,11 @@ class FromCluster(_message.Message):
         shard: _builtins.str = ...,
         boot_id: _builtins.str = ...,
         journal_uid: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["inventory", b"inventory", "log", b"log", "receipt", b"receipt", "reports", b"reports"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "cluster_uid", b"cluster_uid", "generation", b"generation", "inventory", b"inventory", "journal_uid", b"journal_uid", "log", b"log", "receipt", b"receipt", "reports", b"reports", "shard", b"shard", "stream", b"stream"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "cluster_uid", b"cluster_uid", "generation", b"generation", "incarnation", b"incarnation", "inventory", b"inventory", "journal_uid", b"journal_uid", "log", b"log", "receipt", b"receipt", "reports", b"reports", "shard", b"shard", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

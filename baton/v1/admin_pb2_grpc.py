@@ -107,7 +107,9 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ConfirmRestored(self, request, context):
-        """Says that etcd was restored on purpose: bumps the incarnation and lets transactions go on (PROTOCOL J12).
+        """Says that etcd was restored on purpose: bumps the incarnation and lets transactions go on (PROTOCOL J12). Refused with
+        WRONG_STATE, and RetryInfo with the time left, until L + G of the clusters' longest lease profile has passed since the
+        asked replica first saw the suspicion: until then work from after the backup may still run (PROTOCOL F5).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -27,7 +27,10 @@ class AdminServiceStub:
     Backup: _aio.UnaryStreamMultiCallable[_admin_pb2.BackupRequest, _admin_pb2.BackupResponse]
     """Streams a consistent backup of the store (an etcd snapshot)."""
     ConfirmRestored: _aio.UnaryUnaryMultiCallable[_admin_pb2.ConfirmRestoredRequest, _admin_pb2.ConfirmRestoredResponse]
-    """Says that etcd was restored on purpose: bumps the incarnation and lets transactions go on (PROTOCOL J12)."""
+    """Says that etcd was restored on purpose: bumps the incarnation and lets transactions go on (PROTOCOL J12). Refused with
+    WRONG_STATE, and RetryInfo with the time left, until L + G of the clusters' longest lease profile has passed since the
+    asked replica first saw the suspicion: until then work from after the backup may still run (PROTOCOL F5).
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """For operators."""
@@ -78,6 +81,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.ConfirmRestoredRequest,
         context: _aio.ServicerContext[_admin_pb2.ConfirmRestoredRequest, _abc.Awaitable[_admin_pb2.ConfirmRestoredResponse]],
     ) -> _abc.Awaitable[_admin_pb2.ConfirmRestoredResponse]:
-        """Says that etcd was restored on purpose: bumps the incarnation and lets transactions go on (PROTOCOL J12)."""
+        """Says that etcd was restored on purpose: bumps the incarnation and lets transactions go on (PROTOCOL J12). Refused with
+        WRONG_STATE, and RetryInfo with the time left, until L + G of the clusters' longest lease profile has passed since the
+        asked replica first saw the suspicion: until then work from after the backup may still run (PROTOCOL F5).
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _aio.Server) -> None: ...

@@ -45,6 +45,7 @@ from cluster_agent.guard.protocol import (
     encode,
     entry_from_wire,
     exit_from_wire,
+    for_pip,
     start_batches,
 )
 
@@ -71,8 +72,7 @@ MAX_UNREAD_EVENTS = 10_000
 batches."""
 
 CODE_SECONDS = 3600.0
-"""Packed code is sent again after so long: the guard keeps unused code for a day. Smaller sends it more often for
-nothing."""
+"""Packed code is sent again after so long: the guard keeps unused code for a day. Smaller only sends it more often."""
 
 READ_BYTES = 1 << 18
 
@@ -267,7 +267,7 @@ class ProcessExecutor:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
-            env={"PATH": os.environ.get("PATH", os.defpath), "PYTHONPATH": _ROOT},
+            env={**for_pip(os.environ), "PATH": os.environ.get("PATH", os.defpath), "PYTHONPATH": _ROOT},
             start_new_session=True,
         )
         try:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,16 @@ LOCK = "guard.lock"
 KEEPERS = "keepers.lock"
 """Held (flock, shared) by every keeper: a new guard serves only when all of the old one's are gone."""
 
+_FOR_PIP = ("PIP_", "SSL_CERT_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+
 _LENGTH = struct.Struct(">I")
 
 Message = dict[str, Any]
+
+
+def for_pip(env: Mapping[str, str]) -> dict[str, str]:
+    """What of the agent's environment tells pip where its index is: for making environments; no task sees it."""
+    return {name: value for name, value in env.items() if name.startswith(_FOR_PIP)}
 
 
 class ProtocolError(Exception):

@@ -28,6 +28,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import zipfile
@@ -160,8 +161,7 @@ def _run(argv: list[str], fault: str) -> None:
 def _unpack(archive: str, folder: str) -> str:
     """The unpacked code; made once, by renaming, so that it is never seen half."""
     if not os.path.isdir(folder):
-        draft = f"{folder}.{os.getpid()}.draft"
-        shutil.rmtree(draft, ignore_errors=True)
+        draft = tempfile.mkdtemp(prefix=f"{os.path.basename(folder)}.", dir=os.path.dirname(folder))
         try:
             with zipfile.ZipFile(archive) as packed:
                 packed.extractall(draft)

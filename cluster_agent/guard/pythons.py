@@ -28,7 +28,8 @@ from cluster_agent.guard import host, proctree
 from cluster_agent.guard.keeper import dropped_marker
 from cluster_agent.guard.meters import DiskMeter
 from cluster_agent.guard.places import Places
-from cluster_agent.guard.workload import Spawner, Workload
+from cluster_agent.guard.protocol import for_pip
+from cluster_agent.guard.workload import Spawner, Workload, bury_keeper
 
 SCRIPT = Path(__file__).with_name("python_worker.py")
 
@@ -47,9 +48,6 @@ CODE_SECONDS = 86_400.0
 
 MAX_ANSWER = 1 << 20
 """Bytes of an answer: head and result. The worker holds results to the attempt's limit; this is only our buffer."""
-
-_PASSED_ON = ("PIP_", "SSL_CERT_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
-"""Environment of the agent that pip needs to find its index; no task sees it."""
 
 Kind = tuple[str, tuple[str, ...], str, Limits]
 
@@ -121,9 +119,8 @@ class Pythons:
         used = {worker.kind[2] for worker in self._workers.values()}
         for entry in os.scandir(self._directory / "code"):
             sha256 = entry.name.partition(".")[0]
-            if sha256 not in used and entry.is_file() and host.wall() - entry.stat().st_mtime > CODE_SECONDS:
-                self._places.throw_away(self._directory / "code" / sha256)
-                self._places.throw_away(Path(entry.path))
+            if sha256 not in used and host.wall() - entry.stat().st_mtime > CODE_SECONDS:
+                self._places.throw_away(Path(entry.path))  # an archive, its folder, or a draft of it
 
     def _code(self, sha256: str) -> Path:
         return self._directory / "code" / f"{sha256}.zip"
@@ -145,8 +142,12 @@ class Pythons:
         try:
             self._hand_over(worker, request, call, paths)
         except OSError:
-            worker.busy = False
-            self.kill(worker)
+            workload = worker.workload
+            bury_keeper(workload.keeper_pid)  # nobody watches it yet
+            self.bury(worker)
+            workload.close()
+            if workload.group is not None:
+                workload.group.remove()
             raise
         return worker
 
@@ -284,8 +285,7 @@ class Pythons:
             "venv": str(self._directory / "venvs" / _environment_name(call.requirements)),
             "packages": str(Path(__file__).resolve().parents[2]),
         }
-        env = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-        env["PATH"] = request.env.get("PATH", os.defpath)
+        env = {**for_pip(os.environ), "PATH": request.env.get("PATH", os.defpath)}
         argv = (sys.executable, "-I", "-u", str(SCRIPT), json.dumps(plan))
         own = replace(request, key=key, argv=argv, env=env, inputs=b"")
         self._places.work_of(name).mkdir(mode=0o700)

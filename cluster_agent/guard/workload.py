@@ -129,7 +129,7 @@ class Spawner:
             pid = host.fork_into(self.isolation.flags)
             if pid == 0:
                 keeper.run(plan, pipes)
-            ours.callback(_bury, pid)
+            ours.callback(bury_keeper, pid)
             pidfd = os.pidfd_open(pid)
             os.set_blocking(status_read, False)
             ours.pop_all()
@@ -161,7 +161,7 @@ def _pipe(ours: ExitStack, theirs: ExitStack) -> tuple[int, int]:
     return read, write
 
 
-def _bury(keeper_pid: int) -> None:
+def bury_keeper(keeper_pid: int) -> None:
     """End a keeper that cannot be supervised: unsupervised work would know no lease, no stop and no deadline (G1)."""
     os.kill(keeper_pid, signal.SIGKILL)
     os.waitpid(keeper_pid, 0)

@@ -1,4 +1,4 @@
-"""What clients ask: create and cancel runs, put graphs and namespaces (PROTOCOL O8, D1, J10).
+"""What clients ask: create and cancel runs, put graphs and namespaces (PROTOCOL O8, D1, J10, J12).
 
 Theory: every mutation is decided once and recorded with its request id in the same batch; a repeat finds the record. All
 checks come before the first event, so a refusal has changed nothing. A big run comes as several events, invisible until
@@ -17,6 +17,7 @@ from control_plane.core.commands import (
     PutNamespace,
     Refused,
     Request,
+    TakeHistory,
 )
 from control_plane.core.deadline import CyclicGraph, critical_path
 from control_plane.core.events import (
@@ -26,11 +27,13 @@ from control_plane.core.events import (
     RunArchived,
     RunCancelRequested,
     RunCreated,
+    RunFinished,
     RunSealed,
     TasksAdded,
+    TasksEnded,
 )
 from control_plane.core.machine import Batch
-from control_plane.core.model import GraphTask, RunState, TaskSpec
+from control_plane.core.model import GraphTask, RunState, TaskSpec, TaskState
 from control_plane.core.state import ShardState
 
 MAX_TASKS = 1_000_000
@@ -207,6 +210,25 @@ def archived(state: ShardState, command: Archived, batch: Batch) -> None:
     if not run.state.final:
         raise Refused("WRONG_STATE", f"run {command.run} is not final")
     batch.emit(RunArchived(command.run))
+
+
+FINISHED_BEFORE = "history holds the run as finished before the store was restored"
+
+
+def take_history(state: ShardState, command: TakeHistory, batch: Batch) -> None:
+    """A restored store says that a finished run is live: it takes history's outcome (J12). What lives of it is stopped, and the
+    live state goes; the archived record answers from then on, tasks and results included. Tasks that wait are not even
+    ended: nobody can see them any more. Runs that are unknown or final here are left to the archiver."""
+    run = state.runs.get(command.run)
+    if run is None or run.state.final:
+        return
+    living = tuple(run.live)
+    for start in range(0, len(living), PART_TASKS):
+        part = living[start : start + PART_TASKS]
+        ended = (TaskState.CANCELLED,) * len(part)
+        batch.emit(TasksEnded(run.uid, part, ended, (FINISHED_BEFORE,) * len(part)))
+    batch.emit(RunFinished(run.uid, command.state, FINISHED_BEFORE))
+    batch.emit(RunArchived(run.uid))
 
 
 def _record(request: Request, resource: str, batch: Batch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from control_plane.core.model import Admission, AttemptId, Evidence, FleetTable, GraphTask, Outcome
+from control_plane.core.model import Admission, AttemptId, Evidence, FleetTable, GraphTask, Outcome, RunState
 
 
 class Refused(Exception):
@@ -132,6 +132,8 @@ class TakeInventory:
     table: FleetTable
     stops_sent: frozenset[AttemptId] = frozenset()
     """Stops that this agent had received (receipt known) before it made the inventory: only for these does absence confirm."""
+    incarnation: int = 0
+    """Of the store when the Hello came (PROTOCOL J12); 0 if it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +211,15 @@ class Archived:
     run: str
 
 
+@dataclass(frozen=True, slots=True)
+class TakeHistory:
+    """History holds a run that is live here as finished in `state`: the store was restored to a time before its end (PROTOCOL
+    J12). Reply: None."""
+
+    run: str
+    state: RunState
+
+
 RunCommand = (
     CreateRun
     | CancelRun
@@ -222,6 +233,7 @@ RunCommand = (
     | DropGrants
     | Tick
     | Archived
+    | TakeHistory
 )
 
 

@@ -51,7 +51,7 @@ def _attempts_placed(state: ShardState, event: e.AttemptsPlaced, stamp: Stamp) -
     rows: Rows = []
     for task, n in zip(event.tasks, event.ns, strict=True):
         id_ = AttemptId(uid, task, n, nonce)
-        attempt = Attempt(id_, cluster, event.generation, wall, event.hedge, event.overlap)
+        attempt = Attempt(id_, cluster, event.generation, wall, event.hedge, event.overlap, stamp.incarnation)
         state.unqueue(run, task)
         state.join(run, attempt)
         run.remember(attempt)
@@ -274,11 +274,11 @@ def _run_archived(state: ShardState, event: e.RunArchived, stamp: Stamp) -> None
         del state.archived[key]
 
 
-def _run_image(state: ShardState, event: e.RunImage, _: Stamp) -> None:
+def _run_image(state: ShardState, event: e.RunImage, stamp: Stamp) -> None:
     if event.run:
-        restore_run(state, state.runs[event.run], event.image)
+        restore_run(state, state.runs[event.run], event.image, stamp.incarnation)
     else:
-        restore_shard(state, event.image)
+        restore_shard(state, event.image, stamp.incarnation)
 
 
 # --- shared by several events --------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 A run's image holds what RunCreated, TasksAdded and RunSealed cannot say: states, counters, attempts, the event ring. What
 follows from them is rebuilt, so it cannot disagree. Equal states give equal bytes. The shard's own image (run "") holds the
 stops of archived runs, their names, and the times of the catalog. Keys are short: a large run has a row per attempt.
+
+Images made before attempts kept the incarnation of their placement (F1) are read, too: theirs is the one of the snapshot.
 """
 
 from __future__ import annotations
@@ -47,8 +49,9 @@ def run_image(run: Run) -> bytes:
     )
 
 
-def restore_run(state: ShardState, run: Run, image: bytes) -> None:
-    """Put a sealed run, as `apply` left it after RunSealed, into the state of its image; indices follow."""
+def restore_run(state: ShardState, run: Run, image: bytes, incarnation: int) -> None:
+    """Put a sealed run, as `apply` left it after RunSealed, into the state of its image; indices follow. `incarnation` is the
+    snapshot's, for images that do not say it."""
     said = json.loads(image)
     for task in list(run.tickets):
         state.unqueue(run, task)
@@ -68,7 +71,7 @@ def restore_run(state: ShardState, run: Run, image: bytes) -> None:
     run.result_bytes = sum(map(len, run.results.values()))
     run.undecided = dict(said["undecided"])
     for row in said["attempts"]:
-        attempt = _attempt_of(run.uid, row)
+        attempt = _attempt_of(run.uid, row[:-2], incarnation)
         run.history.setdefault(attempt.id.task, []).append(attempt)
         if row[-2]:
             state.join(run, attempt)
@@ -125,11 +128,11 @@ def shard_image(state: ShardState) -> bytes:
     return _bytes({"kept": kept, "archived": names, "catalog": state.catalog.times()})
 
 
-def restore_shard(state: ShardState, image: bytes) -> None:
-    """Inverse of `shard_image`; after the catalog's own events."""
+def restore_shard(state: ShardState, image: bytes, incarnation: int) -> None:
+    """Inverse of `shard_image`; after the catalog's own events. `incarnation` as in `restore_run`."""
     said = json.loads(image)
     for run, *row in said["kept"]:
-        attempt = _attempt_of(run, row)
+        attempt = _attempt_of(run, row, incarnation)
         state.kept.setdefault(run, {})[attempt.id] = attempt
         state.stops_on.setdefault(attempt.cluster, {})[attempt.id] = attempt
     for namespace, run_id, uid, wall in said["archived"]:
@@ -138,11 +141,11 @@ def restore_shard(state: ShardState, image: bytes) -> None:
 
 
 def _attempt_row(a: Attempt) -> list[Any]:
-    ended = [a.start, a.end, a.exit_code, a.message, a.evidence, a.refused, a.reported, a.preempted]
+    ended = [a.start, a.end, a.exit_code, a.message, a.evidence, a.refused, a.reported, a.preempted, a.incarnation]
     return [a.id.task, a.id.n, a.id.nonce, a.cluster, a.generation, a.placed, a.hedge, a.overlap, a.state, *ended]
 
 
-def _attempt_of(run: str, row: list[Any]) -> Attempt:
+def _attempt_of(run: str, row: list[Any], incarnation: int) -> Attempt:
     task, n, nonce, cluster, generation, placed, hedge, overlap, state, start, end, code, message, evidence = row[:14]
     return Attempt(
         AttemptId(run, task, n, nonce),
@@ -151,6 +154,7 @@ def _attempt_of(run: str, row: list[Any]) -> Attempt:
         placed,
         hedge,
         overlap,
+        row[17] if len(row) > 17 else incarnation,
         AttemptState(state),
         start,
         end,

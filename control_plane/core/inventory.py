@@ -11,6 +11,11 @@ For every live attempt of the cluster, by the generation it lives in:
 | older, both unchanged | queued, void, running, not listed | adopt; confirm or resend as above, after the adoption |
 | any | finished, stopping, tombstoned | nothing: its report is on its way |
 
+After a restore (J12) one row more, before those that confirm, resend or adopt: what was *placed in an earlier incarnation* than the
+Hello's, and is queued, void or not listed, is lost, evidence REPORTED, and stopped if it is listed. The store has forgotten what
+became of it: its report may have been taken, and a later attempt may have run. Started now it would run twice under one identity
+(F4), or under a fence below one that was used (F1). It cannot be started any more: on this stream only we could confirm it (F3).
+
 A listed attempt that is not live is stopped again; a stop is confirmed by a tombstone, or by absence if the agent had the
 stop when it made the inventory (F8). An attempt that is being stopped is neither adopted nor sent again.
 """
@@ -25,6 +30,7 @@ from control_plane.core.losses import take_table
 from control_plane.core.machine import Batch
 from control_plane.core.model import AttemptId, ClusterFacts, Evidence
 from control_plane.core.reports import confirm_stops
+from control_plane.core.run import Attempt
 from control_plane.core.state import ShardState
 
 
@@ -56,9 +62,11 @@ def take_inventory(state: ShardState, command: TakeInventory, batch: Batch) -> I
     _confirmed(state, command, held, batch)
     sorting = _Sorting(command, facts, held)
     for id_, attempt in state.live_on.get(command.cluster, {}).items():
-        sorting.add(id_, attempt.generation, stopping=state.outstanding(id_) is not None)
-    for run, ids in _by_run(sorting.dead).items():
+        sorting.add(attempt, stopping=state.outstanding(id_) is not None)
+    for run, ids in _by_run(sorting.dead + sorting.forgotten).items():
         batch.emit(AttemptsLost(run, *_columns(ids), Evidence.REPORTED))
+    for run, ids in _by_run([id_ for id_ in sorting.forgotten if id_ in held]).items():
+        batch.emit(StopsOrdered(run, *_columns(ids), "it was placed before the store was restored"))
     for run, ids in _by_run(sorting.adopted).items():
         tasks, ns = _columns(ids)
         batch.emit(AttemptsAdopted(run, command.generation, tasks, ns))
@@ -76,9 +84,12 @@ class _Sorting:
         self.confirm: list[AttemptId] = []
         self.resend: list[AttemptId] = []
         self.dead: list[AttemptId] = []
+        self.forgotten: list[AttemptId] = []
+        """Not started, and placed before the store was restored."""
 
-    def add(self, id_: AttemptId, generation: int, *, stopping: bool) -> None:
+    def add(self, attempt: Attempt, *, stopping: bool) -> None:
         """One live attempt, in the generation it lives in."""
+        id_, generation = attempt.id, attempt.generation
         item = self._held.get(id_)
         phase = item.phase if item else None
         if generation > self._command.generation:
@@ -95,13 +106,22 @@ class _Sorting:
                 return
             if stopping or phase not in (None, *_ALIVE):
                 return
+            if self._restored_since(attempt, phase):
+                self.forgotten.append(id_)
+                return
             self.adopted.append(id_)
         if stopping:
             return
-        if phase is None:
+        if self._restored_since(attempt, phase):
+            self.forgotten.append(id_)
+        elif phase is None:
             self.resend.append(id_)
         elif phase in _WAITING:
             self.confirm.append(id_)
+
+    def _restored_since(self, attempt: Attempt, phase: int | None) -> bool:
+        """Whether it has not been started on this host, as far as the host knows, and is of an earlier incarnation than the Hello."""
+        return attempt.incarnation < self._command.incarnation and phase in (None, *_WAITING)
 
 
 def _stray(

@@ -204,6 +204,11 @@ class AttemptId(NamedTuple):
     nonce: str
 
 
+def fence_of(incarnation: int, n: int) -> str:
+    """The fence of an attempt as it is shown: (incarnation of the batch that placed it, n), strictly increasing per task (F1)."""
+    return f"{incarnation}.{n}"
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Ready tasks that are alike to the scheduler (PROTOCOL C1)."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 from control_plane.core.catalog import GraphHistory
 from control_plane.core.losses import keeps
-from control_plane.core.model import AttemptId, TaskState
+from control_plane.core.model import AttemptId, TaskState, fence_of
 from control_plane.core.run import Attempt, Run
 from control_plane.core.state import ShardState
 from control_plane.core.views import (
@@ -51,6 +51,7 @@ def attempt_view(run: Run, attempt: Attempt) -> AttemptView:
     """An attempt of a live run."""
     return AttemptView(
         id=attempt.id,
+        incarnation=attempt.incarnation,
         cluster=attempt.cluster,
         generation=attempt.generation,
         state=attempt.state,
@@ -116,6 +117,7 @@ def dispatch_view(run: Run, attempt: Attempt) -> DispatchView:
         inputs={run.tasks[parent].id: run.results[parent] for parent in task.parents if parent in run.results},
         trace_id=header.trace_id,
         n=attempt.id.n,
+        fence=fence_of(attempt.incarnation, attempt.id.n),
         keep_at_fence=keeps(run, index),
     )
 

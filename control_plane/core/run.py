@@ -56,6 +56,8 @@ class Attempt:
     placed: float
     hedge: bool
     overlap: bool
+    incarnation: int
+    """Of the batch that placed it; with n it is the fence (F1), which a later incarnation does not change (J12)."""
     state: AttemptState = AttemptState.PLACED
     start: float = 0.0
     end: float = 0.0

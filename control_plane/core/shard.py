@@ -57,6 +57,7 @@ _HANDLERS: dict[type[Any], Callable[[ShardState, Any, Batch], object]] = {
     c.PutGraph: admission.put_graph,
     c.PutNamespace: admission.put_namespace,
     c.Archived: admission.archived,
+    c.TakeHistory: admission.take_history,
     c.TakeReports: reports.take_reports,
     c.TakeInventory: inventory.take_inventory,
     c.TakeTable: lambda state, command, _: losses.take_table(state, command.table),

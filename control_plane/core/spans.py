@@ -19,7 +19,7 @@ All times are nanoseconds since the Unix epoch, 0 = not yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from control_plane.core.model import AttemptState, Evidence, RunState
@@ -41,21 +41,20 @@ from control_plane.core.span_model import (
 from control_plane.core.span_times import Held, Times, critical_path, held_times
 
 
-def spans(run: RunFacts, tasks: Sequence[TaskFacts], changes: Iterable[Change]) -> list[Span]:
+def spans(run: RunFacts, tasks: Sequence[TaskFacts], changes: Iterable[Change]) -> Iterator[Span]:
     """The trace of a run: its root, then every task's attempts in order of index, each followed by its phases."""
     times = Times(changes)
     moments = [at for task in tasks for a in task.attempts for at in (a.placed, a.start, a.end)]
     now = run.finished or max(run.now, times.last, run.created, *moments)
     found = held_times(run, tasks, times, now)
     path = critical_path(tasks, found, times)
-    made = [_root(run, tasks, now)]
+    yield _root(run, tasks, now)
     for task in tasks:
         for held in found[task.index]:
-            made += _attempt(run, task, held, found[task.index], times, critical=(task.index, held.of.n) in path)
+            yield from _attempt(run, task, held, found[task.index], times, critical=(task.index, held.of.n) in path)
         waiting = _waiting(run, task, found[task.index], times, now, critical=(task.index, 0) in path)
         if waiting is not None:
-            made.append(waiting)
-    return made
+            yield waiting
 
 
 def _root(run: RunFacts, tasks: Sequence[TaskFacts], now: int) -> Span:

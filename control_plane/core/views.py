@@ -8,7 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from control_plane.core.model import AttemptId, AttemptState, Evidence, GraphTask, Group, RunState, TaskSpec, TaskState
+from control_plane.core.model import (
+    AttemptId,
+    AttemptState,
+    Evidence,
+    GraphTask,
+    Group,
+    RunState,
+    TaskSpec,
+    TaskState,
+    fence_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +26,7 @@ class AttemptView:
     """One placement of a task. `live`: in its task's live set (F2). `stopping`: its stop is outstanding (F8)."""
 
     id: AttemptId
+    incarnation: int
     cluster: str
     generation: int
     state: AttemptState
@@ -31,6 +42,11 @@ class AttemptView:
     exit_code: int | None
     message: str
     refused_results: int
+
+    @property
+    def fence(self) -> str:
+        """As it was given to its workload (F1)."""
+        return fence_of(self.incarnation, self.id.n)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +139,7 @@ class DispatchView:
     inputs: Mapping[str, bytes]
     trace_id: str
     n: int
+    fence: str
     keep_at_fence: bool
 
 

@@ -37,6 +37,9 @@ MAX_QUOTA = 1 << 40
 MAX_RETENTION = 10 * 365 * 24 * 3600.0
 """Seconds: ten years of finished runs."""
 
+Confirm = Callable[[bool], Awaitable[int]]
+"""Takes an operator's word that the store was restored, at once if True. Raises WrongState, StoreError."""
+
 Snapshot = Callable[[], AsyncIterator[bytes]]
 """A consistent backup of the store, in pieces. Raises StoreError."""
 
@@ -53,7 +56,7 @@ class Unimplemented(BatonError):
 class Admin:
     """AdminService."""
 
-    def __init__(self, desk: Desk, confirm_restored: Callable[[], Awaitable[int]], snapshot: Snapshot | None) -> None:
+    def __init__(self, desk: Desk, confirm_restored: Confirm, snapshot: Snapshot | None) -> None:
         self._desk, self._confirm_restored, self._snapshot = desk, confirm_restored, snapshot
 
     def serve_peers(self, calls: Calls) -> None:
@@ -159,11 +162,12 @@ class Admin:
             raise StoreUnavailable("the store did not finish the backup; start it anew") from error
 
     async def confirm_restored(
-        self, _request: admin_pb2.ConfirmRestoredRequest, _asked: Asked
+        self, request: admin_pb2.ConfirmRestoredRequest, _asked: Asked
     ) -> AsyncIterator[admin_pb2.ConfirmRestoredResponse]:
-        """AdminService.ConfirmRestored (PROTOCOL J12). A repetition finds nothing suspected and changes nothing."""
+        """AdminService.ConfirmRestored (PROTOCOL J12). A repetition finds nothing suspected and changes nothing. Any replica
+        answers: each counts the seconds by itself."""
         try:
-            yield admin_pb2.ConfirmRestoredResponse(incarnation=await self._confirm_restored())
+            yield admin_pb2.ConfirmRestoredResponse(incarnation=await self._confirm_restored(request.now))
         except StoreError as error:
             raise StoreUnavailable("the store did not answer; repeat it", applied="unknown") from error
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from baton.clock import Clock, Entropy
-from baton.errors import NotFound, StoreUnavailable
+from baton.errors import LimitExceeded, NotFound, StoreUnavailable
 from baton.names import RunName
 from baton.v1 import run_pb2
 from control_plane.controller import Controller
@@ -26,6 +26,10 @@ HISTORY_PAUSE = 1.0
 """Seconds after which a caller may ask for history again."""
 
 
+def _room_for_all(_command: object) -> str:
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class Desk:
     """One replica, as its services see it."""
@@ -37,6 +41,8 @@ class Desk:
     history: History
     clock: Clock
     entropy: Entropy
+    refuses: Callable[[Command], str] = _room_for_all
+    """Why the store has no room for what a command creates (J9); empty if it has."""
 
     def cluster_name(self, uid: str) -> str:
         """The name of a cluster, as last heard; its uid if it is not known."""
@@ -47,17 +53,14 @@ class Desk:
         """The uid of a cluster, as last heard."""
         return next((uid for uid, facts in self.view.table.clusters.items() if facts.name == name), None)
 
-    def incarnation(self, shard: str) -> int:
-        """The incarnation of an owned shard."""
-        owned = self.controller.owned().get(shard)
-        return owned.incarnation if owned else self.view.incarnation
-
     async def read(self, shard: str, question: Callable[[RunShard], T], asked: Asked) -> T:
         """Ask an owned run shard (J8). Raises as `Controller.read`."""
         return await self.controller.read(shard, question, timeout=asked.left())
 
     async def submit(self, shard: str, command: Command, asked: Asked) -> object:
-        """Decide on an owned shard. Raises as `Controller.submit`."""
+        """Decide on an owned shard. Raises as `Controller.submit`, and LimitExceeded for a creation while the store is full."""
+        if full := self.refuses(command):
+            raise LimitExceeded(full)
         reply: object = await self.controller.submit(shard, command, actor=asked.principal, timeout=asked.left())
         return reply
 

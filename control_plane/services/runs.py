@@ -112,9 +112,7 @@ class Runs:
 
         live, view = await self._desk.read(shard, question, asked)
         if view is not None:
-            yield run_pb2.GetTaskResponse(
-                task=translate.task(view, self._desk.incarnation(shard), self._desk.cluster_name)
-            )
+            yield run_pb2.GetTaskResponse(task=translate.task(view, self._desk.cluster_name))
             return
         if not live:
             run = await self._desk.must_be_archived(name.parent)
@@ -141,10 +139,7 @@ class Runs:
 
         views = await self._desk.read(shard, read, asked)
         if views is not None:
-            incarnation = self._desk.incarnation(shard)
-            tasks: Iterable[run_pb2.TaskStatus] = (
-                translate.task(view, incarnation, self._desk.cluster_name) for view in views
-            )
+            tasks: Iterable[run_pb2.TaskStatus] = (translate.task(view, self._desk.cluster_name) for view in views)
         else:
             run = await self._desk.must_be_archived(name)
             tasks = await from_history(self._desk.history.tasks(run.uid, start, size + 1, states))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf.message import Message
@@ -11,7 +11,7 @@ from baton import names
 from baton.v1 import admin_pb2, cluster_pb2, graph_pb2, run_pb2, trace_pb2
 from control_plane.peers import Calls
 from control_plane.services import admin, clusters, graphs, logs, runs, trace, watch
-from control_plane.services.admin import Admin, Snapshot
+from control_plane.services.admin import Admin, Confirm, Snapshot
 from control_plane.services.clusters import Clusters
 from control_plane.services.create import Creation
 from control_plane.services.desk import Desk, shard_of_run
@@ -27,9 +27,7 @@ class Services:
     """All services of one replica. `methods` is the table; `bells` listens to the controller; `logs` takes chunks;
     `traces` serves the web port too."""
 
-    def __init__(
-        self, desk: Desk, *, confirm_restored: Callable[[], Awaitable[int]], snapshot: Snapshot | None
-    ) -> None:
+    def __init__(self, desk: Desk, *, confirm_restored: Confirm, snapshot: Snapshot | None) -> None:
         self.bells = Bells()
         self.logs = Logs(desk)
         self.traces = Traces(desk)

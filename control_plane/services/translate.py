@@ -217,13 +217,13 @@ def run(view: RunView, shard: str) -> run_pb2.Run:
     )
 
 
-def task(view: TaskView, incarnation: int, name_of: NameOf) -> run_pb2.TaskStatus:
+def task(view: TaskView, name_of: NameOf) -> run_pb2.TaskStatus:
     """A task with all its attempts."""
     return run_pb2.TaskStatus(
         id=view.id,
         index=view.index,
         state=int(view.state),  # type: ignore[arg-type]  # as above
-        attempts=[attempt(each, incarnation, name_of) for each in view.attempts],
+        attempts=[attempt(each, name_of) for each in view.attempts],
         result=view.result,
         reason=view.reason,
         parents=view.parents,
@@ -231,11 +231,11 @@ def task(view: TaskView, incarnation: int, name_of: NameOf) -> run_pb2.TaskStatu
     )
 
 
-def attempt(view: AttemptView, incarnation: int, name_of: NameOf) -> run_pb2.Attempt:
-    """One placement; its fence is (incarnation, n) (PROTOCOL F1)."""
+def attempt(view: AttemptView, name_of: NameOf) -> run_pb2.Attempt:
+    """One placement; its fence is (incarnation of the placement, n) (PROTOCOL F1)."""
     return run_pb2.Attempt(
         n=view.id.n,
-        fence=f"{incarnation}.{view.id.n}",
+        fence=view.fence,
         cluster=name_of(view.cluster),
         generation=view.generation,
         state=int(view.state),  # type: ignore[arg-type]  # as above

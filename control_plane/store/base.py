@@ -198,10 +198,12 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class StoreStatus:
-    """Facts for gates and metrics."""
+    """Facts for gates and metrics. `db_bytes` is the file, `in_use_bytes` what of it holds data; `quota_bytes` is 0 if the server
+    does not tell, negative if it has none."""
 
     version: str
     db_bytes: int
+    in_use_bytes: int
     quota_bytes: int
     cluster_id: str
 

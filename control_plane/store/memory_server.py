@@ -155,7 +155,8 @@ class MemoryEtcd:
 
     def status(self) -> StoreStatus:
         """Facts about this server."""
-        return StoreStatus(self._version, self.keyspace.size(), self._quota_bytes, "memory")
+        size = self.keyspace.size()
+        return StoreStatus(self._version, size, size, self._quota_bytes, "memory")
 
     # -- transport -----------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ def titles() -> list[str]:
 
 @task(retry=3, timeout="1m", cpu=0.5)
 def count(title: str) -> dict[str, int]:
-    print("counting", title, "on", os.environ["BATON_CLUSTER"])  # `baton logs RUN count-0` shows it
+    print("counting", title, "on", os.environ.get("BATON_CLUSTER"))  # `baton logs RUN/count-0` shows it
     words: dict[str, int] = {}
     for word in BOOKS[title].lower().split():
         words[word] = words.get(word, 0) + 1

@@ -482,3 +482,22 @@ async def test_a_package_that_does_not_install_is_an_applications_failure(
     again = await ran(agent, python)
     assert again.message == first.message
     assert again.end_wall - again.start_wall < first.end_wall - first.start_wall
+
+
+async def test_a_task_that_no_worker_can_be_given_leaves_no_worker(world: ProcessWorld, agent: Agent) -> None:
+    key = new_key()
+    request = start(key, call("add", 1))
+    await agent.executor.start([dataclasses.replace(request, env={"BATON_LONG": "x" * 1_000_000})])
+    exited = await agent.exit_of(key)
+    assert exited.cause is Cause.SPAWN
+    assert proctree.descendants(world.guard_pid, proctree.everything()) == []
+    assert await value(agent, call("add", 1)) == 1
+
+
+async def test_many_workers_unpack_one_code_at_one_time(world: ProcessWorld, agent: Agent) -> None:
+    keys = [new_key() for _ in range(6)]
+    await agent.executor.start([start(key, call("sleep", 0.1)) for key in keys])
+    ends = await agent.until(Exited, *keys)
+    assert all(isinstance(end, Exited) and end.succeeded for end in ends), ends
+    code = world.directory / "python" / "code"
+    assert sorted(path.name for path in code.iterdir()) == [CODE, f"{CODE}.zip"]

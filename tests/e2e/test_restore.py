@@ -9,6 +9,7 @@ import pytest
 
 from baton.client import AsyncClient
 from baton.errors import BatonError, NotFound
+from baton.leases import PROFILES
 from baton.v1 import graph_pb2
 from control_plane.core.model import ALL_SHARDS
 from control_plane.store import keys
@@ -19,10 +20,12 @@ from tests.e2e.conftest import MakeFederation
 from tests.e2e.federation import CLOCK, WAIT, Fed
 
 QUIET = 12.0
-"""Seconds during which nothing may be placed: longer than a grant's life, a hand-over or a fence of profile `fast` takes."""
+"""Seconds during which nothing may be placed: longer than a grant's life or a hand-over takes, shorter than L + G."""
 
 GAP = 300
 """Commits that the backup misses: more than the federation makes by itself while the test goes on after the restore."""
+
+FAST = PROFILES["fast"]
 
 Epoch = tuple[str, int, int]
 """Shard, incarnation, create_revision of the taking: what agents know an owner by (J12)."""
@@ -48,6 +51,8 @@ async def test_nothing_is_placed_after_a_restore_until_an_operator_says_so(fed_h
         await _restore(fed, backup)
         await fed.eventually(lambda: _suspected(fed), "the restore to be noticed")
         seen |= await _epochs(fed)
+        # At once: what the backup has forgotten lives for some seconds more, and it is the product that waits for its end.
+        asked, waiting = CLOCK.boot(), asyncio.create_task(fed.cli("admin", "restored", "--yes"))
         during = graph_pb2.GraphSpec(tasks=[fed.quick("one")])
         async with AsyncClient(fed.lab.endpoints, timeout=5.0) as client:
             with pytest.raises(BatonError, match="restored"):
@@ -55,7 +60,8 @@ async def test_nothing_is_placed_after_a_restore_until_an_operator_says_so(fed_h
         await asyncio.sleep(QUIET)  # a promise that nothing happens can only be waited for
         assert len(fed.effects.copies()) == started, "something was placed before an operator had looked"
 
-        said = await fed.cli("admin", "restored", "--yes")
+        said = await waiting
+        assert CLOCK.boot() - asked > FAST.fence + FAST.kill
         assert (said.returncode, said.stdout) == (0, "incarnation 2\n"), said
         await fed.eventually(fed.all_ready, "the clusters to be ready")
         fed.open_gate("second")

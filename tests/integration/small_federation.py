@@ -345,7 +345,9 @@ class Replica(
         )
 
     async def ConfirmRestored(self, request: Any, context: Any) -> Any:
-        return await self._answer("ConfirmRestored", context, lambda: admin_pb2.ConfirmRestoredResponse(incarnation=2))
+        return await self._answer(
+            "ConfirmRestored", context, lambda: admin_pb2.ConfirmRestoredResponse(incarnation=3 if request.now else 2)
+        )
 
     async def Backup(self, request: Any, context: Any) -> AsyncIterator[Any]:
         await self._answer("Backup", context, lambda: None)

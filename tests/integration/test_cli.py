@@ -160,6 +160,21 @@ async def test_clusters_and_admin(baton: Shell) -> None:
     assert (await baton("admin", "backup", "b.db")).code == 2
 
 
+async def test_j12_a_confirmed_restore_waits_until_no_old_work_can_live(baton: Shell) -> None:
+    early = [Fault(error=errors.WrongState("too early", retry_after=seconds)) for seconds in (0.4, 0.0)]
+    baton.replica.faults["ConfirmRestored"] = [*early, Fault(error=errors.WrongState("for good"))]
+    done = await baton("admin", "restored", "--yes")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.splitlines()[0].endswith("confirming in 1 s")
+    assert done.err.splitlines()[-1] == "error: for good"
+    baton.replica.faults["ConfirmRestored"] = early
+    assert (await baton("admin", "restored", "--yes")).out == "incarnation 2\n"
+    assert (await baton("admin", "restored", "--yes", "--now")).out == "incarnation 3\n"
+    too_long = errors.WrongState("too early", retry_after=1e6)
+    baton.replica.faults["ConfirmRestored"] = [Fault(error=too_long)]
+    assert (await baton("admin", "restored", "--yes")).code == 1
+
+
 async def test_cancel(baton: Shell) -> None:
     await baton("run", baton.graph(outcome="HANG"))
     assert (await baton("cancel", "nightly", "--wait")).out == "namespaces/default/runs/nightly CANCELLED\n"

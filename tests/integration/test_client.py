@@ -255,7 +255,7 @@ async def test_operators_calls(world: World, client: AsyncClient) -> None:
     assert (await client.cordon_cluster("clusters/eu")).admission == 2
     assert (await client.drain_cluster("clusters/eu")).admission == 3
     assert (await client.uncordon_cluster("clusters/eu")).admission == 1
-    assert await client.confirm_restored() == 2
+    assert (await client.confirm_restored(), await client.confirm_restored(now=True)) == (2, 3)
     assert [replica.id for replica in await client.list_replicas()] == ["r1"]
     assert b"".join([piece async for piece in client.backup()]) == b"snapshot"
 

@@ -24,12 +24,10 @@ from control_plane.config import from_arguments
 from control_plane.core.events import AttemptsPlaced
 from control_plane.core.model import Outcome, RetryPolicy
 from control_plane.meter import NAMESPACES, OTHER, Meter
-from control_plane.metrics import ReplicaMetrics
 from control_plane.observing import Observing
-from control_plane.web import Web
 from tests.integration.fake_clusters import CLOCK, FakeCluster, fake_cluster
-from tests.integration.replicas import Node, rig, until
-from tests.integration.test_trace import get, graph
+from tests.integration.replicas import Rig, rig, until
+from tests.integration.test_trace import get, graph, receiver
 from tests.unit.core.shard_kit import Shard, task
 from tests.unit.core.shard_kit import facts as cluster
 from tests.unit.core.test_spans import failed_over, report
@@ -79,16 +77,19 @@ async def scrape(port: WebPort) -> str:
 
 
 @asynccontextmanager
-async def observed(node: Node, meter: Meter) -> AsyncIterator[WebPort]:
-    # The composition root's own families, wired as it does.
-    watching = Observing(from_arguments(["--replica", "r1", "--history", "unused", "--metrics-listen", "127.0.0.1:0"]))
-    metrics = ReplicaMetrics(node.replica, meter, lambda: watching._more(node.server))
-    port = WebPort(Web(node.replica, metrics).route)
-    await port.start("127.0.0.1", 0)
+async def observed(*flags: str) -> AsyncIterator[tuple[Rig, Observing, WebPort]]:
+    """One replica, seen from outside as the process wires it."""
+    given = ["--replica", "r1", "--history", "unused", "--metrics-listen", "127.0.0.1:0", *flags]
+    watching = Observing(from_arguments(given))
     try:
-        yield port
+        async with rig("r1", meter=watching.meter, archived=watching.archived) as federation:
+            node = federation.nodes[0]
+            await watching.start(node.replica, node.server)
+            port = watching._port
+            assert port is not None
+            yield federation, watching, port
     finally:
-        await port.close()
+        await watching.close()
 
 
 @asynccontextmanager
@@ -102,16 +103,19 @@ async def agent_page(cluster: FakeCluster) -> AsyncIterator[WebPort]:
         await port.close()
 
 
-async def test_metrics_of_a_replica_and_an_agent_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_metrics_of_a_replica_and_an_agent_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archiver, "DELAY", 1.5)
-    meter = Meter(CLOCK)
-    async with rig("r1", meter=meter) as federation:
-        node = federation.nodes[0]
-        endpoints = [node.server.address]
+    port_file = tmp_path / "web"
+    flags = ("--metrics-port-file", str(port_file))
+    async with receiver() as collector, observed(*flags, "--otlp-endpoint", f"http://{collector.address}") as seen:
+        federation, watching, port = seen
+        meter = watching.meter
+        assert meter is not None
+        assert port_file.read_text() == f"{port.address}\n"
+        endpoints = [federation.nodes[0].server.address]
         async with (
             AsyncClient(endpoints) as client,
             fake_cluster("eu", endpoints) as eu,
-            observed(node, meter) as port,
             agent_page(eu) as agent_port,
         ):
             assert (await get(port, "/healthz"))[0] == 200
@@ -124,6 +128,8 @@ async def test_metrics_of_a_replica_and_an_agent_at_work(monkeypatch: pytest.Mon
             waiting.tasks[0].clusters.append("nowhere")
             await client.create_run(waiting, deadline=CLOCK.wall() + 60)
             await until(lambda: meter.runs_checked == 1)
+            spans = await client.get_trace(made.name)
+            await until(lambda: len(collector.spans) == len(spans))
 
             text = await scrape(port)
             found = check_text(text)
@@ -138,6 +144,8 @@ async def test_metrics_of_a_replica_and_an_agent_at_work(monkeypatch: pytest.Mon
             assert found["baton_commit_seconds_count", ()] == found["baton_commit_bytes_count", ()] > 0
             assert found["baton_overlapping_owners_total", ()] == found["baton_inbox_dropped_total", ()] == 0
             assert found["baton_history_runs_checked_total", ()] == 1
+            assert found["baton_otlp_spans_sent_total", ()] == len(spans)
+            assert found["baton_otlp_runs_failed_total", ()] == found["baton_otlp_runs_dropped_total", ()] == 0
             assert found["baton_lease_margin_seconds", ()] > 0
             assert found["baton_shards_owned", ()] == 33
             assert found["baton_cluster_cpu_cores", (("cluster", "eu"),)] == 2
@@ -151,6 +159,7 @@ async def test_metrics_of_a_replica_and_an_agent_at_work(monkeypatch: pytest.Mon
             assert told["baton_agent_attempts", (("cluster", "eu"), ("phase", "running"))] == 0
             assert told["baton_agent_journal_errors_total", (("cluster", "eu"),)] == 0
             assert names | check_documented(of_agent) == set(documented())
+    assert not port_file.exists()
 
 
 async def test_an_agent_without_a_session_says_so(tmp_path: Path) -> None:

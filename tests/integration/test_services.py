@@ -14,10 +14,11 @@ from google.rpc import error_details_pb2, status_pb2
 from baton import errors, requestid
 from baton.client_call import error_of
 from baton.v1 import admin_pb2, cluster_pb2, graph_pb2, run_pb2
-from control_plane import archiver
+from control_plane import archiver, store_room
 from control_plane.core.commands import Outbox
 from control_plane.core.model import shard_of
 from control_plane.slots import OwnedShard
+from control_plane.store import keys
 from tests.integration.replicas import CLOCK, Node, Rig, client, creation, request_id, rig, spec, until
 
 SUCCESS = run_pb2.RUN_STATE_SUCCEEDED
@@ -345,6 +346,20 @@ async def test_operators_see_replicas_and_shards_and_are_told_what_cannot_be_don
     assert backup.applied == "no"
 
 
+async def test_j12_a_restore_is_confirmed_when_no_old_work_can_live_or_at_once_if_told_so() -> None:
+    async with rig("r1") as made:
+        node = made.nodes[0]
+        await node.replica.controller.restore.suspect(1, "the head is too low")
+        confirm = admin_pb2.ConfirmRestoredRequest(request_id=request_id())
+        early = await failure(node.admin.ConfirmRestored(confirm))
+        assert (early.reason, early.code, early.applied) == ("WRONG_STATE", 9, "no")
+        assert 30.0 < (early.retry_after or 0.0) <= 42.0, "no cluster is known: the default profile counts"
+        assert keys.RESTORED_SUSPECTED in made.etcd.keyspace.live
+        confirm.now = True
+        assert (await node.admin.ConfirmRestored(confirm)).incarnation == 2
+        assert keys.RESTORED_SUSPECTED not in made.etcd.keyspace.live
+
+
 # -- watching ---------------------------------------------------------------------------------------------------------------
 
 
@@ -507,3 +522,60 @@ async def test_j6_what_is_committed_is_never_said_to_be_not_applied(federation: 
     error = await failure(node.runs.CancelRun(cancel, timeout=2))
     federation.etcd.regain_quorum()
     assert error.applied == "unknown"
+
+
+# -- a store that fills up -----------------------------------------------------------------------------------------------
+
+
+async def test_j9_a_store_that_fills_up_takes_no_new_work_but_lets_old_work_end(
+    pair: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_room, "POLL_INTERVAL", 0.05)
+    node, other = pair.nodes
+    made = (await node.runs.CreateRun(creation("a", run_id="before"))).run
+    rooms = [each.replica._room for each in pair.nodes]
+    quota, pair.etcd._quota_bytes = pair.etcd._quota_bytes, int(pair.etcd.keyspace.size() / 0.75)
+    await until(lambda: all(room.refusal for room in rooms))
+    put_graph = graph_pb2.PutGraphRequest(request_id=request_id(), graph_id="g", spec=spec("a"))
+    namespace = admin_pb2.PutNamespaceRequest(request_id=request_id(), namespace=admin_pb2.Namespace(name="n"))
+    for call in (
+        other.runs.CreateRun(creation("a")),
+        node.graphs.PutGraph(put_graph),
+        node.admin.PutNamespace(namespace),
+    ):
+        refused = await failure(call)
+        assert isinstance(refused, errors.LimitExceeded)
+        assert refused.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        assert "70% of its quota" in refused.message
+        assert refused.applied == "no"
+    cancel = run_pb2.CancelRunRequest(request_id=request_id(), name=made.name)
+    assert (await other.runs.CancelRun(cancel)).run.state == run_pb2.RUN_STATE_CANCELLED
+    pair.etcd._quota_bytes = quota
+    await until(lambda: not any(room.refusal for room in rooms))
+    await other.runs.CreateRun(creation("a"))
+
+
+# -- a restored store ----------------------------------------------------------------------------------------------------
+
+
+async def test_j12_a_run_that_finished_before_the_restore_is_answered_by_history(
+    federation: Rig, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archiver, "DELAY", 0.1)
+    made = (await node.runs.CreateRun(creation("a", run_id="old"))).run
+    backup = federation.etcd.snapshot()
+    await node.runs.CancelRun(run_pb2.CancelRunRequest(request_id=request_id(), name=made.name, reason="enough"))
+    shard = shard_of("default", "old")
+    machine = node.replica.controller.owned()[shard].machine
+    await until(lambda: machine.run_by_uid(made.uid) is None)  # type: ignore[attr-defined]
+    federation.etcd.restore(backup)
+    assert await node.replica.controller.restore.check_own([shard])
+    confirm = admin_pb2.ConfirmRestoredRequest(request_id=request_id(), now=True)
+    assert (await node.admin.ConfirmRestored(confirm)).incarnation == 2
+    owned = node.replica.controller.owned
+    await until(lambda: shard in owned() and owned()[shard].incarnation == 2)
+    await until(lambda: not owned()[shard].machine.event_numbers())  # type: ignore[attr-defined]
+    read = (await node.runs.GetRun(run_pb2.GetRunRequest(name=made.name))).run
+    assert (read.uid, read.state) == (made.uid, run_pb2.RUN_STATE_CANCELLED)
+    tasks = (await node.runs.ListTasks(run_pb2.ListTasksRequest(run=made.name))).tasks
+    assert [task.state for task in tasks] == [run_pb2.TASK_STATE_CANCELLED]

@@ -759,7 +759,7 @@ def test_every_event_has_a_handler() -> None:
         world.step(object())  # type: ignore[arg-type]
 
 
-def test_J12_a_risen_incarnation_is_obeyed_on_a_new_stream_only() -> None:
+def test_j12_a_risen_incarnation_is_obeyed_on_a_new_stream_only() -> None:
     """Owners of a restored store must hear a fresh inventory before anything of theirs is acted upon."""
     world = World()
     world.dispatch(0)

@@ -44,6 +44,8 @@ async def test_a_run_is_kept_whole_and_read_by_name(history: History) -> None:
     await history.insert([kept])
     assert await history.run("default", "nightly") == kept.run
     assert await history.run("other", "nightly") is None
+    assert await history.by_uid("u1") == kept.run
+    assert await history.by_uid("u2") is None
     assert [event.number for event in await history.events("u1")] == [1, 2]
     tasks = await history.tasks("u1", 0, 10**6, ())
     assert [task.index for task in tasks] == list(range(2 * PIECE + 7))

@@ -174,11 +174,8 @@ def dispatches() -> agent_pb2.Dispatches:
     shard = SimpleNamespace(id="03", incarnation=1, epoch=7, epoch_revision=7, seq=2, nonce="n", create_revision=7)
     writer = DispatchWriter(cast(OwnedShard, shard), 5)
     for number in (1, 2):
-        view = SimpleNamespace(
-            spec=spec, keep_at_fence=False, inputs={"a": b"3"}, task_id="b", namespace="team", run_id="r", deadline=9.0,
-            trace_id="",
-        )  # fmt: skip
-        writer.add(AttemptId("run", number, 1, "beef"), cast(DispatchView, view))
+        view = DispatchView("run", "team", "r", "b", spec, 9.0, {"a": b"3"}, "", 1, "1.1", keep_at_fence=False)
+        writer.add(AttemptId("run", number, 1, "beef"), view)
     return writer.message(1)
 
 

@@ -7,11 +7,17 @@ import json
 
 import pytest
 
+from baton.errors import WrongState
+from control_plane.confirmation import Confirmation
+from control_plane.core.model import Admission, ClusterFacts, FleetTable, Health
+from control_plane.fleet_keys import encode_table
 from control_plane.refusals import OutcomeUnknown
 from control_plane.restore import Mark, Marks
 from control_plane.snapshots import InPlaceSnapshotter, Job
 from control_plane.store import keys
+from control_plane.store.base import Put, Txn
 from control_plane.store.memory import MemoryEtcd
+from control_plane.view import View
 from tests.unit.journal_world import LOST_REPLY, LOST_REQUEST, Ledger, Member, Replica, names, story, until
 
 
@@ -159,6 +165,74 @@ async def test_j12_a_suspicion_whose_answer_was_lost_is_still_said(server: Memor
     a.faults.plan("txn", keys.RESTORED_SUSPECTED, LOST_REQUEST, LOST_REPLY)
     assert await check(a, Mark("00", 1, 99, "aa"))
     assert keys.RESTORED_SUSPECTED in server.keyspace.live
+
+
+async def suspected(replica: Replica) -> tuple[Confirmation, asyncio.Task[None]]:
+    """A replica whose view has just heard of a suspicion."""
+    view = View(replica.store, replica.clock)
+    confirmation = Confirmation(replica.controller.restore, view, replica.clock)
+    following = asyncio.create_task(view.run())
+    await view.ready()
+    await replica.controller.restore.suspect(1, "the head is too low")
+    await until(lambda: view.restore_suspected != "")
+    return confirmation, following
+
+
+async def seconds_left(confirmation: Confirmation) -> float:
+    with pytest.raises(WrongState) as early:
+        await confirmation.confirm(now=False)
+    assert early.value.applied == "no"
+    assert early.value.retry_after is not None
+    return early.value.retry_after
+
+
+async def join(replica: Replica, *profiles: str) -> None:
+    """Fleet's table, with a cluster of each profile."""
+    clusters = {
+        profile: ClusterFacts(profile, profile, Health.READY, Admission.OPEN, (), profile=profile)
+        for profile in profiles
+    }
+    put = Put(keys.FLEET_TABLE, encode_table(FleetTable(1, clusters)))
+    await replica.store.txn(Txn([], [put]), timeout=5.0)
+
+
+@story
+async def test_j12_a_confirmation_waits_until_no_work_from_after_the_backup_lives(server: MemoryEtcd) -> None:
+    a = await Replica(server, "a").start("00")
+    await join(a, "fast")
+    confirmation, following = await suspected(a)
+    assert 19 < await seconds_left(confirmation) <= 20
+    await asyncio.sleep(15)
+    left = await seconds_left(confirmation)
+    assert 4 < left <= 5, "counted from the first sight, not from the first call"
+    await asyncio.sleep(left)
+    assert await confirmation.confirm(now=False) == 2
+    assert await confirmation.confirm(now=False) == 2, "nothing to confirm"
+    following.cancel()
+
+
+@story
+async def test_j12_a_cluster_that_joined_after_the_backup_counts(server: MemoryEtcd) -> None:
+    a = await Replica(server, "a").start("00")
+    await join(a, "fast", "patient")
+    confirmation, following = await suspected(a)
+    await join(a, "fast")  # what the backup knew
+    await asyncio.sleep(100)
+    assert 499 < await seconds_left(confirmation) <= 500
+    assert await confirmation.confirm(now=True) == 2, "an operator may know better"
+    following.cancel()
+
+
+@story
+async def test_j12_a_replica_that_starts_again_counts_anew(server: MemoryEtcd) -> None:
+    a = await Replica(server, "a").start("00")
+    _, following = await suspected(a)
+    await asyncio.sleep(40)
+    following.cancel()
+    again = Confirmation(a.controller.restore, View(a.store, a.clock), a.clock)  # its view has heard nothing yet
+    assert await seconds_left(again) == 42
+    await asyncio.sleep(42)
+    assert await again.confirm(now=False) == 2
 
 
 def test_marks_keep_the_highest() -> None:

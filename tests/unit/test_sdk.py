@@ -100,7 +100,7 @@ def test_programs_and_functions_mix() -> None:
 
 
 def test_equal_names_get_numbers() -> None:
-    with Graph(pack=False) as graph:
+    with Graph(pack=False):
         assert [load().id for _ in range(3)] == ["load", "load-2", "load-3"]
 
 
@@ -231,4 +231,4 @@ def test_results_are_read_by_handle() -> None:
 def test_the_package_names_what_it_has() -> None:
     assert baton.Graph is sdk.Graph
     with pytest.raises(AttributeError, match="nothing"):
-        _ = baton.nothing  # type: ignore[attr-defined]
+        _ = baton.nothing

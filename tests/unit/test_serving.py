@@ -6,7 +6,7 @@ Agents are played by hand; peers are wires on which a message may be lost or lat
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from control_plane.core.model import FLEET, AttemptId, Evidence, GraphTask, Task
 from control_plane.core.shard import RunShard
 from control_plane.dispatcher import RESEND, Dispatcher
 from control_plane.fleet_keys import side_puts
-from control_plane.peers import Calls, MessageHandler
+from control_plane.peers import CallContext, Calls, MessageHandler
 from control_plane.replica import make_machine
 from control_plane.restore import RestoreDetector
 from control_plane.router import Router
@@ -493,3 +493,51 @@ async def test_s5_a_goodbye_that_comes_late_does_not_end_what_the_agent_came_bac
     second.say(heartbeat=pb.Heartbeat(seq=1, generation=1))
     await until(lambda: len(second.of("heartbeat_ack")) == 1)
     await asyncio.gather(a.crash(), b.crash(), c.crash())
+
+
+@story
+async def test_f8_a_stop_of_an_unknown_run_is_sent_until_the_agent_tells_its_end(server: MemoryEtcd) -> None:
+    """Nothing in the shard remembers an orphan, so a stop that is lost on the way must be remembered by the link."""
+    a = await alone(server)
+    orphan = AttemptId("gone", 0, 1, "n")
+    end = a.dial(inventory=listed([orphan], pb.ATTEMPT_PHASE_RUNNING, 1))
+    await linked(a, end)
+    await until(lambda: len(end.of("stops")) >= 3)
+    assert all(list(stops.attempts) == [codec.ref(orphan)] for stops in end.of("stops"))
+    end.say(reports=pb.Reports(shard="00", stopped=[codec.ref(orphan)]))
+    await until(lambda: len(end.of("report_acks")) == 1)
+    told = len(end.of("stops"))
+    await asyncio.sleep(3 * RESEND)
+    assert len(end.of("stops")) == told
+    await a.crash()
+
+
+@story
+async def test_f8_a_new_inventory_says_anew_which_unknown_attempts_are_there(server: MemoryEtcd) -> None:
+    a = await alone(server)
+    orphan = AttemptId("gone", 0, 1, "n")
+    await linked(a, a.dial(inventory=listed([orphan], pb.ATTEMPT_PHASE_RUNNING, 1)))
+    again = a.dial(last_generation=1)
+    await again.welcomed()
+    await asyncio.sleep(3 * RESEND)
+    assert again.of("stops") == []
+    await a.crash()
+
+
+@story
+async def test_j7_an_owner_that_fails_on_an_inventory_is_told_it_again(server: MemoryEtcd) -> None:
+    """Whatever is wrong there, it must not leave the shard without a link until somebody else owns it."""
+    a = await alone(server)
+    failures = [ValueError("a fault"), KeyError("another")]
+    serving = a.dispatcher._inventory
+
+    async def faulty(payload: bytes, context: CallContext) -> AsyncIterator[bytes]:
+        if peer.FromCluster.FromString(payload.partition(b"\n")[2]).shard == "00" and failures:
+            raise failures.pop()
+        async for answer in serving(payload, context):
+            yield answer
+
+    a.calls.register(INVENTORY, faulty)
+    await linked(a, a.dial())
+    assert failures == []
+    await a.crash()

@@ -192,7 +192,13 @@ class EtcdStore:
             return await self._kv.unary(rpc.STATUS, wire.EtcdStatusRequest(), seconds)
 
         facts = await self._told("status", self._read("status", ask, timeout))
-        return StoreStatus(facts.version, facts.db_size, facts.db_size_quota, f"{facts.header.cluster_id:016x}")
+        return StoreStatus(
+            version=facts.version,
+            db_bytes=facts.db_size,
+            in_use_bytes=facts.db_size_in_use,
+            quota_bytes=facts.db_size_quota,
+            cluster_id=f"{facts.header.cluster_id:016x}",
+        )
 
     async def close(self) -> None:
         """Close all connections and end the watches; calls in flight fail as their contract says."""

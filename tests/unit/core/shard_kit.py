@@ -75,6 +75,7 @@ class Shard:
         self.machine = RunShard()
         self.now = START
         self.seq = 0
+        self.incarnation = 1
         self.log: list[tuple[Stamp, list[Event]]] = []
         self.table = FleetTable()
         if clusters:
@@ -84,7 +85,7 @@ class Shard:
     def do(self, *commands: Command) -> object:
         """One batch; returns the last command's reply."""
         self.seq += 1
-        stamp = Stamp(self.now, f"nonce{self.seq}", self.seq, 1)
+        stamp = Stamp(self.now, f"nonce{self.seq}", self.seq, self.incarnation)
         batch = Batch(stamp, self.machine.apply)
         reply: object = None
         try:
@@ -183,9 +184,10 @@ class Shard:
         boot: str = "boot",
         journal: str = "disk",
         stops_sent: Sequence[AttemptId] = (),
+        incarnation: int = 0,
     ) -> InventoryVerdict:
         reply = self.do(
-            TakeInventory(cluster, number, boot, journal, held, self.table, frozenset(stops_sent)),
+            TakeInventory(cluster, number, boot, journal, held, self.table, frozenset(stops_sent), incarnation),
         )
         assert isinstance(reply, InventoryVerdict)
         return reply
@@ -204,7 +206,7 @@ class Shard:
         """A new owner's machine, from a snapshot made now."""
         machine = RunShard()
         for event in self.machine.dump():
-            machine.apply(event, Stamp(self.now, "snapshot", self.seq, 1))
+            machine.apply(event, Stamp(self.now, "snapshot", self.seq, self.incarnation))
         machine.validate()
         return machine
 

@@ -141,7 +141,9 @@ def test_o7_a_namespaces_quota_bounds_its_live_attempts_here() -> None:
     shard = Shard(facts("a"))
     shard.do(PutNamespace(request(1), "ns", 1.0, 2, 0.0))
     shard.create(*(task(f"t{i}") for i in range(5)))
-    assert shard.machine.demand()[0].count == 5, "the leader, who counts over all shards, says that they wait for the quota"
+    assert shard.machine.demand()[0].count == 5, (
+        "the leader, who counts over all shards, says that they wait for the quota"
+    )
     shard.grant("a", 5)
     assert len(placed(shard)) == 2
     assert [line.count for line in shard.machine.demand()] == [3]

@@ -37,7 +37,7 @@ def record(machine: RunShard, uid: str = "r1", now: float = 0.0) -> Record:
     ids = machine.task_ids(uid, {index for event in events for index in event.tasks})
     return Record(
         translate.run(view, "00"),
-        [translate.task(each, 1, str.upper) for each in machine.tasks(uid, 0, 1000)],
+        [translate.task(each, str.upper) for each in machine.tasks(uid, 0, 1000)],
         [translate.run_event(event, ids.__getitem__, str.upper) for event in events],
         now,
     )
@@ -45,7 +45,7 @@ def record(machine: RunShard, uid: str = "r1", now: float = 0.0) -> Record:
 
 def trace(shard: Shard, machine: RunShard | None = None) -> list[Span]:
     of = record(machine or shard.machine, now=shard.now)
-    return spans(*facts(of), changes(of.events))
+    return list(spans(*facts(of), changes(of.events)))
 
 
 def report(
@@ -251,7 +251,7 @@ def test_what_got_no_place_shows_as_waiting() -> None:
 def test_without_kept_events_the_attempts_own_times_serve() -> None:
     shard = failed_over()
     run, tasks = facts(record(shard.machine))
-    made = spans(run, tasks, ())
+    made = list(spans(run, tasks, ()))
     assert [(span.task, span.n) for span in owners(made)] == [("a", 1), ("a", 2), ("b", 1)]
     assert [span.span_id for span in owners(made)] == [span.span_id for span in owners(trace(shard))]
     for owner in owners(made):
@@ -265,7 +265,7 @@ def test_a_hedge_is_linked_to_what_it_copies() -> None:
         AttemptFacts(2, "1.2", "y", 1, AttemptState.SUCCEEDED, placed=30, start=31, end=40, hedge=True),
     )
     run = RunFacts("r1", "namespaces/ns/runs/r", RunState.SUCCEEDED, "", 5, 40, 99, 1)
-    made = spans(run, [TaskFacts(0, "a", TaskState.SUCCEEDED, "", (), attempts)], ())
+    made = list(spans(run, [TaskFacts(0, "a", TaskState.SUCCEEDED, "", (), attempts)], ()))
     primary, hedge = owners(made)
     assert [(link.span_id, link.relation) for link in hedge.links] == [(primary.span_id, "hedges")]
     assert (primary.critical, hedge.critical) == (True, True)
