@@ -64,6 +64,7 @@ async def test_nothing_is_placed_after_a_restore_until_an_operator_says_so(fed_h
         assert CLOCK.boot() - asked > FAST.fence + FAST.kill
         assert (said.returncode, said.stdout) == (0, "incarnation 2\n"), said
         await fed.eventually(fed.all_ready, "the clusters to be ready")
+        await fed.eventually(lambda: len(fed.effects.copies("twice")) == 3, "the forgotten attempt to be repeated")
         fed.open_gate("second")
         await fed.accepted_once(before.name)
         later = await fed.run("later", [fed.quick("one"), fed.quick("two", after=["one"])])
@@ -79,7 +80,8 @@ async def test_nothing_is_placed_after_a_restore_until_an_operator_says_so(fed_h
 def _twice(fed: Fed) -> graph_pb2.Task:
     """A task whose first attempt fails when told to, and whose second one lives until told to end."""
     first = 'if [ "$BATON_ATTEMPT" = 1 ]; then while [ ! -e "$GATE" ]; do sleep 0.2; note tick; done; exit 1; fi\n'
-    second = 'while [ ! -e "${GATE%first}second" ]; do sleep 0.2; note tick; done\n'
+    # Deaf to TERM, so that it lives until it is killed: a repetition that does not wait for its end meets it.
+    second = 'trap "" TERM; while [ ! -e "${GATE%first}second" ]; do sleep 0.2; note tick; done\n'
     return fed.task("twice", first + second, gate="first", max_attempts=5)
 
 
