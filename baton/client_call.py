@@ -20,7 +20,7 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from baton.clock import Clock, Entropy
-from baton.errors import UNKNOWN, BatonError, Denied, InvalidField, TimedOut, Unreachable, from_status
+from baton.errors import NOT_APPLIED, UNKNOWN, BatonError, Denied, InvalidField, TimedOut, Unreachable, from_status
 from baton.v1 import admin_pb2_grpc, cluster_pb2_grpc, graph_pb2_grpc, run_pb2_grpc, trace_pb2_grpc
 
 Answer = TypeVar("Answer")
@@ -33,6 +33,10 @@ FIRST_BACKOFF_SECONDS = 0.05
 MAX_BACKOFF_SECONDS = 1.0
 """Bounds of the wait between rounds over the endpoints (full jitter). Larger: a call of 10 s misses the moment when a
 shard has a new owner; smaller: a thousand clients press on the one replica that is left."""
+
+REFUSED_SECONDS = 2.0
+"""How long endpoints are asked that all refuse to be connected to, if none of them ever answered this client. Shorter: a
+federation that is just being started is missed; longer: a person with a wrong address waits for nothing."""
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 """Largest answer taken: a page of 1000 tasks with results of 16 KiB each, twice. gRPC's own 4 MiB is too small for it."""
@@ -49,6 +53,9 @@ _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_reconnect_backoff_ms", 2000),
     ("grpc.use_local_subchannel_pool", 1),  # two clients in one process share no broken connection
 ]
+_REFUSED = "Connection refused"
+"""In gRPC's words for a port where nobody listens; if they change, such a port costs the whole time-out again."""
+
 _AGAIN = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED})
 
 
@@ -92,6 +99,8 @@ class Caller:
         self._tls = tls
         self._open: dict[str, Endpoint] = {}
         self._at = 0
+        self.answered = False
+        """Whether any endpoint ever answered; a handler's error is an answer, too."""
 
     @property
     def endpoint(self) -> Endpoint:
@@ -126,19 +135,26 @@ class Caller:
         end = self.clock.boot() + timeout
         tries = 0
         unclear = False
+        refusals = Refusals(self)
         while True:
             left = end - self.clock.boot()
             endpoint = self.endpoint
             try:
-                return await send(endpoint, max(0.001, min(left, try_seconds)))
+                answer = await send(endpoint, max(0.001, min(left, try_seconds)))
             except grpc.aio.AioRpcError as failure:
                 error = error_of(failure)
                 again = failure.code() in _AGAIN
+                refusals.see(endpoint, failure)
+            else:
+                self.answered = True
+                return answer
             tries += 1
             wait = self.backoff(tries, error.retry_after)
             left = end - self.clock.boot()
-            if not again or left <= wait:
-                raise self._final(error, again=again, unclear=unclear, timeout=timeout)
+            if not again or left <= wait or refusals.hopeless:
+                if refusals.hopeless and refusals.nothing_else:  # no try was ever sent
+                    error.applied, unclear = NOT_APPLIED, False
+                raise self._final(error, again=again, unclear=unclear, timeout=None if refusals.hopeless else timeout)
             unclear = unclear or error.applied == UNKNOWN
             self.next_endpoint(endpoint)
             await self.clock.sleep(wait)
@@ -151,17 +167,46 @@ class Caller:
         bound = min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2.0 ** min(rounds, 10))
         return max(at_least or 0.0, bound * self.entropy.uniform())
 
-    def _final(self, error: BatonError, *, again: bool, unclear: bool, timeout: float) -> BatonError:
-        """The failure as the caller must understand it (PROTOCOL J6, last sentences)."""
+    def _final(self, error: BatonError, *, again: bool, unclear: bool, timeout: float | None) -> BatonError:
+        """The failure as the caller must understand it (PROTOCOL J6, last sentences); no time-out: all refused."""
         if unclear:
             error.applied = UNKNOWN
         if again and isinstance(error, (Unreachable, TimedOut)):
+            what = "nobody listens at" if timeout is None else f"no answer within {timeout:g} s from"
             return Unreachable(
-                f"no answer within {timeout:g} s from {', '.join(self.addresses)} ({error.message}); check that the"
+                f"{what} {', '.join(self.addresses)} ({error.message}); check that the"
                 " federation is up and that --endpoint or the context names it",
                 applied=error.applied,
             )
         return error
+
+
+class Refusals:
+    """Which endpoints refuse the connection, since one call or stream began to ask. A restart never makes it hopeless."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+        self._since = caller.clock.boot()
+        self._addresses: set[str] = set()
+        self.nothing_else = True
+        """Whether every failure seen was a refusal: then no request has left this client."""
+
+    def see(self, endpoint: Endpoint, failure: grpc.aio.AioRpcError) -> None:
+        """Notes what an endpoint's failure says of it."""
+        self._addresses.discard(endpoint.address)
+        if failure.trailing_metadata():
+            self._caller.answered = True
+        elif failure.code() is grpc.StatusCode.UNAVAILABLE and _REFUSED in (failure.details() or ""):
+            self._addresses.add(endpoint.address)
+            return
+        self.nothing_else = False
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether all refuse, two seconds have passed, and none ever answered this client."""
+        if self._caller.answered or len(self._addresses) < len(self._caller.addresses):
+            return False
+        return self._caller.clock.boot() - self._since >= REFUSED_SECONDS
 
 
 def error_of(failure: grpc.aio.AioRpcError) -> BatonError:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import grpc
 
-from baton.client_call import Caller, Endpoint, error_of, may_retry
+from baton.client_call import Caller, Endpoint, Refusals, error_of, may_retry
 from baton.errors import BatonError, Internal
 from baton.v1 import admin_pb2, run_pb2
 
@@ -53,6 +53,7 @@ class _Patience:
         self._caller = caller
         self._seconds = seconds
         self._failures = 0
+        self.refusals = Refusals(caller)
         self.renew()
 
     def renew(self) -> None:
@@ -63,7 +64,7 @@ class _Patience:
     async def fail(self, endpoint: Endpoint, error: BatonError) -> None:
         """Turns to the next replica after a pause; raises `error` when patience is at its end."""
         self._failures += 1
-        if self._caller.clock.boot() >= self._end:
+        if self._caller.clock.boot() >= self._end or self.refusals.hopeless:
             raise error
         self._caller.next_endpoint(endpoint)
         await self._caller.clock.sleep(self._caller.backoff(self._failures, error.retry_after))
@@ -83,6 +84,7 @@ async def watch_run(
         try:
             async for message in _fresh(stream, last):
                 waiting.renew()
+                caller.answered = True
                 if message.events:
                     last, gaps = message.events[-1].number, 0
                 if message.events or message.HasField("run"):
@@ -104,6 +106,7 @@ async def watch_run(
             continue
         except grpc.aio.AioRpcError as failure:
             error = error_of(failure)
+            waiting.refusals.see(endpoint, failure)
             if not may_retry(failure):
                 raise error from None
         finally:
@@ -158,6 +161,7 @@ async def follow_logs(
         try:
             while (piece := await _next(stream)) is not None:
                 attempt = attempt or piece.attempt
+                caller.answered = True
                 seen = offset - piece.offset
                 if seen > 0:
                     piece = run_pb2.FollowLogsResponse(offset=offset, data=piece.data[seen:], attempt=piece.attempt)
@@ -171,6 +175,7 @@ async def follow_logs(
             waiting.renew()
         except grpc.aio.AioRpcError as failure:
             error = error_of(failure)
+            waiting.refusals.see(endpoint, failure)
             if not may_retry(failure):
                 raise error from None
             await waiting.fail(endpoint, error)

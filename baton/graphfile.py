@@ -69,8 +69,8 @@ def loads(text: str, *, path: str = "<text>", here: str = "") -> GraphFile:
     """Reads and judges the text of a graph file. Raises GraphFileError."""
     loading = _Loading(Reader(path), here)
     graph = loading.graph(parse(path, text))
-    if loading.reader.problems:
-        raise GraphFileError(loading.reader.problems)
+    if any(not problem.field.startswith("metadata") for problem in loading.reader.problems):
+        raise GraphFileError(loading.reader.problems)  # a graph half read would be blamed for the other half
     for each in validate.violations(graph.spec):
         line, where = loading.origin_of(each.field)
         loading.reader.add(line, where, each.message)

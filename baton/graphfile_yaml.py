@@ -33,6 +33,12 @@ MAX_ENTRIES = 1_000_000
 MAX_PROBLEMS = 20
 """Problems told at once; more scroll the first one off the screen."""
 
+MAX_UNKNOWN = 3
+"""Unknown fields of one mapping that are named. A file with more is another kind of file, perhaps a secret one."""
+
+MAX_UNKNOWN_NAME = 40
+"""Characters told of an unknown field: enough to find a slip of the pen, little of what was never meant as a field."""
+
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -161,6 +167,7 @@ class Reader:
             return {}
         known = None if allowed is None else list(allowed)
         entries: dict[str, Node] = {}
+        unknown: list[int] = []
         for key, value in node.raw.value:
             self._count(node)
             line = key.start_mark.line + 1
@@ -172,9 +179,15 @@ class Reader:
             if name in entries:
                 self.add(line, field, f"is given twice (first on line {entries[name].line})", "keep one of them")
             elif known is not None and name not in known:
-                self.add(line, field, "is not a known field", _nearest(name, known))
+                unknown.append(line)
+                if len(unknown) <= MAX_UNKNOWN:
+                    shown = self.child(node.field, _shown(name), most=MAX_UNKNOWN_NAME)
+                    self.add(line, shown, "is not a known field", _nearest(name, known))
             else:
                 entries[name] = Node(value, field, line)
+        if known is not None and len(unknown) > MAX_UNKNOWN:
+            more = len(unknown) - MAX_UNKNOWN
+            self.add(unknown[MAX_UNKNOWN], node.field, f"and {more} more unknown fields", f"use {', '.join(known)}")
         return entries
 
     def sequence(self, node: Node) -> list[Node]:
@@ -243,16 +256,16 @@ class Reader:
         return None
 
     @staticmethod
-    def child(field: str, name: str, *, free: bool = False) -> str:
+    def child(field: str, name: str, *, free: bool = False, most: int = names.MAX_ID) -> str:
         """The path of an entry; the keys of free maps are quoted."""
-        short = name if len(name) <= names.MAX_ID else name[: names.MAX_ID] + "..."
+        short = name if len(name) <= most else name[:most] + "..."
         if free:
             return f'{field}["{short}"]'
         return f"{field}.{short}" if field else short
 
     def _wrong_type(self, node: Node, wanted: str, fix: str = "") -> None:
         given = _say(node.kind)
-        if isinstance(node.raw.value, str) and node.raw.value:
+        if node.field and isinstance(node.raw.value, str) and node.raw.value:  # not a whole file that is no graph
             given += f" {names.quote(node.raw.value)}"
         self.complain(node, f"is {given}, not {wanted}", fix or f"write {wanted}")
 
@@ -275,6 +288,12 @@ def _say(kind: str) -> str:
         "timestamp": "the date",
     }
     return words.get(kind, f"a value tagged {names.quote(kind)}")
+
+
+def _shown(name: str) -> str:
+    """An unknown field's name for a message. What follows a colon is no name: a line of /etc/shadow reads as a key."""
+    head, colon, _ = name.partition(":")
+    return f"{head}:..." if colon else name
 
 
 def _nearest(name: str, known: list[str]) -> str:

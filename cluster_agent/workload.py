@@ -105,18 +105,13 @@ def census(entries: list[CensusEntry]) -> on.Census:
 
 def _ended(exited: Exited) -> Ended:
     outcome = _OUTCOMES.get(exited.cause, Outcome.FAILED)
-    message = exited.message
     if exited.succeeded:
         outcome = Outcome.SUCCEEDED
-    elif not message and exited.cause is Cause.TIMEOUT:
-        message = "timed out: it ran longer than its `timeout`"
-    elif not message and exited.signal is not None:
-        message = f"ended by signal {exited.signal}"
     return Ended(
         outcome,
         exited.exit_code,
         exited.result,
-        message,
+        exited.message,
         round(exited.start_wall * 1000),
         round(exited.end_wall * 1000),
         exited.late,

@@ -65,13 +65,15 @@ IDLE = 5.0
 
 @dataclass(frozen=True, slots=True)
 class _Track:
-    """Since when (own boot clock) the beat key of a generation stands still. `renewed`: we saw it move."""
+    """Since when (own boot clock) the beat key of a generation stands still. `renewed`: we saw it move. `begun`: the key holds a
+    heartbeat of this very generation; since only that generation can put one (S2), False means that it never had any."""
 
     generation: int
     mod_revision: int
     since: float
     renewed: bool
     guard_silent: bool
+    begun: bool
 
 
 class FleetWatch:
@@ -181,7 +183,10 @@ class FleetWatch:
     async def _submit(self, session: LiveSession, track: _Track) -> None:
         evidence = Evidence.NONE if track.guard_silent else Evidence.TIMED
         reason = f"no heartbeat for {session.lost_seconds:.1f} s"
-        command = LoseCluster(session.cluster, session.generation, evidence, reason)
+        if not track.begun:
+            reason = f"no heartbeat at all in {session.lost_seconds:.1f} s"
+        idle = frozenset(uid for uid, seen in self._tracks.items() if not seen.begun)
+        command = LoseCluster(session.cluster, session.generation, evidence, reason, begun=track.begun, idle=idle)
         condition = Compare.unchanged(keys.session_beat(session.cluster), track.mod_revision)
         fields = {"cluster": session.name, "generation": session.generation}
         try:
@@ -204,10 +209,13 @@ def _follow(session: LiveSession, before: _Track | None, kv: KeyValue | None, no
     """The key moved, or the generation is new: L starts at `now`. A silent guard is remembered for the generation (G2)."""
     same = before is not None and before.generation == session.generation
     silent = before is not None and same and before.guard_silent
+    begun = False
     if kv is not None:
         try:
             beat = agent_pb2.Heartbeat.FromString(kv.value)
-            silent = silent or (beat.generation == session.generation and beat.guard_silent)
+            begun = beat.generation == session.generation
+            silent = silent or (begun and beat.guard_silent)
         except DecodeError:
-            silent = True  # what cannot be read proves nothing
-    return _Track(session.generation, kv.mod_revision if kv else 0, now, renewed=same, guard_silent=silent)
+            begun = silent = True  # what cannot be read proves nothing
+    revision = kv.mod_revision if kv else 0
+    return _Track(session.generation, revision, now, renewed=same, guard_silent=silent, begun=begun)

@@ -22,6 +22,9 @@ BEAT_TIMEOUT = 2.0
 BEATS_PER_TXN = 60
 """A compare and a put each must stay under etcd's 128 per list (PROTOCOL S2). More agents take more transactions."""
 
+BYTES_PER_TXN = 768 * 1024
+"""Of heartbeats in one transaction: half of what etcd takes, so that the large beats of some agents never stop those of others."""
+
 
 class Outlet(Protocol):
     """Where acknowledgements go."""
@@ -64,8 +67,20 @@ class Heartbeats:
             await self._arrived.wait()
             self._arrived.clear()
             while self._waiting:
-                taken = [self._waiting.pop(uid) for uid in list(self._waiting)[:BEATS_PER_TXN]]
+                taken = self._next()
                 await self._commit([(session, beat) for session, beat in taken if not session.closed.is_set()])
+
+    def _next(self) -> list[tuple[Beating, pb.Heartbeat]]:
+        """The longest waiting that fit into one transaction, at least one."""
+        taken: list[tuple[Beating, pb.Heartbeat]] = []
+        size = 0
+        for uid, (session, beat) in list(self._waiting.items())[:BEATS_PER_TXN]:
+            size += beat.ByteSize()
+            if taken and size > BYTES_PER_TXN:
+                break
+            taken.append((session, beat))
+            del self._waiting[uid]
+        return taken
 
     async def _commit(self, beats: Sequence[tuple[Beating, pb.Heartbeat]]) -> None:
         while beats:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from baton.leases import LeaseValues, to_millis
 from baton.v1 import agent_pb2 as pb
+from control_plane.agent_rules import Problem, heartbeat_problem, hello_problem
 from control_plane.core.commands import SessionGrant
 
 
@@ -53,6 +54,12 @@ class Session:
     telling: set[str] = field(default_factory=set)
     """Shards whose owner is being told the inventory."""
 
+    def renewed_by(self, beat: pb.Heartbeat) -> bool:
+        """Whether a heartbeat is of this generation: an older one would renew what fleet has ended (S5). Raises Refuse for one
+        that others must not read (S2, C4)."""
+        _well_formed(heartbeat_problem(beat))
+        return beat.generation == self.generation
+
 
 class Refuse(Exception):
     """The session cannot go on."""
@@ -75,8 +82,7 @@ class SessionsConfig:
 
 def check_hello(stream: AgentStream, hello: pb.Hello, federation_uid: str) -> None:
     """Whether a Hello is whole, and may speak for its cluster in this federation (S1). Raises Refuse."""
-    if not hello.cluster or not hello.instance or not hello.boot_id or not hello.journal_uid:
-        raise Refuse("INVALID_ARGUMENT", "hello needs cluster, instance, boot_id and journal_uid", 10.0)
+    _well_formed(hello_problem(hello))
     if stream.peer_cluster is not None and stream.peer_cluster != hello.cluster:
         raise Refuse(
             "DENIED", f"the certificate is for cluster {stream.peer_cluster}, hello says {hello.cluster}", 30.0
@@ -86,6 +92,11 @@ def check_hello(stream: AgentStream, hello: pb.Hello, federation_uid: str) -> No
     if hello.marks and not hello.federation_uid:
         # Nothing could be compared with them, and a restore would go unseen (J12).
         raise Refuse("INVALID_ARGUMENT", "hello cites marks without the federation they are of", 30.0)
+
+
+def _well_formed(problem: Problem | None) -> None:
+    if problem is not None:
+        raise Refuse("INVALID_ARGUMENT", f"{problem[0]}: {problem[1]}", 10.0)
 
 
 def welcome(

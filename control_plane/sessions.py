@@ -256,8 +256,7 @@ class Sessions:
             raise StreamClosed
         kind = message.WhichOneof("message")
         if kind == "heartbeat":
-            # Only of this generation: an older one would renew what fleet has ended (S5).
-            if message.heartbeat.generation == session.generation:
+            if session.renewed_by(message.heartbeat):
                 self._heartbeats.add(session, message.heartbeat)
         elif kind == "reports":
             self._up(session, message.reports.shard, reports=message.reports)

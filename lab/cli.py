@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from baton.cli import render
+from baton.cli import render, session
 from baton.clock import SystemClock
 from baton.errors import InvalidField
 from baton.leases import PROFILES
@@ -25,6 +25,7 @@ from lab import control, processes
 from lab.control import NotRunning, Refused
 from lab.deleting import delete_state
 from lab.etcd_binary import EtcdNotFound
+from lab.health import headline, part_word
 from lab.layout import BadSettings, Layout, Settings, default_directory
 from lab.parts import PartFailed
 from lab.supervisor import AlreadyRunning, context_name, supervise
@@ -98,8 +99,12 @@ def up(
     asked = {key: value for key, value in given.items() if value is not None}
     try:
         settings = replace(layout.stored_settings() or Settings(), **asked).checked()  # type: ignore[arg-type]
+        layout.make()
     except BadSettings as error:
         raise click.UsageError(str(error)) from None
+    except OSError as error:
+        message = f"{layout.directory} cannot hold a federation ({error.strerror}); name another with --directory"
+        raise click.UsageError(message) from None
     if layout.is_live():
         _say_live(layout, settings, changed=bool(asked))
     elif detach:
@@ -111,6 +116,8 @@ def up(
 def _say_live(layout: Layout, settings: Settings, *, changed: bool) -> None:
     """A federation is there already: that is what was asked for, unless it is another one."""
     status = _ask(layout, "status")
+    if (how := headline(status, session.invoked(), _suffix(layout))) != status["stage"]:
+        click.echo(how)
     click.echo(f"already {status['stage']} in {layout.directory}")
     _say_hints(status)
     if changed and Settings(**{**status["settings"], "clusters": tuple(status["settings"]["clusters"])}) != settings:
@@ -129,7 +136,7 @@ def _run_here(layout: Layout, settings: Settings) -> None:
     except (AlreadyRunning, EtcdNotFound, PartFailed, InvalidField, OSError) as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(FAILED) from None
-    click.echo(f"stopped; `baton local up` goes on with what is in {layout.directory}")
+    click.echo(f"stopped; `{session.invoked()} local up` goes on with what is in {layout.directory}")
 
 
 def _start_detached(layout: Layout, settings: Settings) -> None:
@@ -184,15 +191,19 @@ def _say_ready(status: dict[str, Any]) -> None:
 
 
 def _say_hints(status: dict[str, Any]) -> None:
-    directory = Path(status["directory"])
-    elsewhere = directory != default_directory(os.environ).absolute()
-    suffix = f" --directory {directory}" if elsewhere else ""
-    click.echo(f"  address  {','.join(status['endpoints'])}  (context {context_name(Layout(directory))})")
+    layout, baton = Layout(Path(status["directory"])), session.invoked()
+    click.echo(f"  address  {','.join(status['endpoints'])}  (context {context_name(layout)})")
     click.echo(f"  logs     {status['logs']}")
     click.echo("try")
-    click.echo("  baton get clusters")
-    click.echo("  baton run examples/timezones/graph.yaml --wait")
-    click.echo(f"  baton local kill {status['settings']['clusters'][0]}{suffix}")
+    click.echo(f"  {baton} get clusters")
+    click.echo(f"  {baton} run examples/timezones/graph.yaml --wait")
+    click.echo(f"  {baton} local kill {status['settings']['clusters'][0]}{_suffix(layout)}")
+
+
+def _suffix(layout: Layout) -> str:
+    """The flags that name the directory, if it needs any."""
+    elsewhere = layout.directory != default_directory(os.environ).absolute()
+    return f" --directory {layout.directory}" if elsewhere else ""
 
 
 @local.command()
@@ -240,11 +251,13 @@ def status(output: str, directory: Path | None) -> None:
     Example:
       baton local status
     """
-    found = _ask(_layout(directory), "status")
+    layout = _layout(directory)
+    found = _ask(layout, "status")
     if output == "json":
         click.echo(json.dumps(found, indent=2))
         return
-    click.echo(f"{found['stage']}  profile {found['profile']}  etcd {found['etcd_version']}  logs {found['logs']}\n")
+    click.echo(headline(found, session.invoked(), _suffix(layout)))
+    click.echo(f"profile {found['profile']}  etcd {found['etcd_version']}  logs {found['logs']}\n")
     rows = [["etcd", "etcd", found["store"]["state"], "-", str(found["store"]["pid"] or "-"), "-"]]
     for kind, group in (("replica", found["replicas"]), ("cluster", found["clusters"])):
         for each in group:
@@ -268,9 +281,15 @@ def kill(name: str, agent_only: bool, directory: Path | None) -> None:
       baton local kill eu
       baton local kill replica-1
     """
-    _ask(_layout(directory), "kill", name=name, flag=agent_only)
+    layout = _layout(directory)
+    before = part_word(_ask(layout, "status"), name)
+    _ask(layout, "kill", name=name, flag=agent_only)
+    if before == "dead" or (agent_only and before == "agent dead"):
+        what = f"the agent of {name}" if agent_only else name
+        click.echo(f"{what} was dead already; `{session.invoked()} local start {name}{_suffix(layout)}` brings it back")
+        return
     what = f"the agent of {name} was killed" if agent_only else f"{name} was killed, everything of it"
-    click.echo(f"{what}; `baton local start {name}` brings it back")
+    click.echo(f"{what}; `{session.invoked()} local start {name}` brings it back")
 
 
 @local.command()
@@ -299,7 +318,7 @@ def freeze(name: str, everything: bool, directory: Path | None) -> None:
       baton local freeze us
     """
     _ask(_layout(directory), "freeze", name=name, flag=everything)
-    click.echo(f"{name} is frozen; `baton local thaw {name}` lets it go on")
+    click.echo(f"{name} is frozen; `{session.invoked()} local thaw {name}` lets it go on")
 
 
 @local.command()
@@ -327,7 +346,7 @@ def cut(name: str, directory: Path | None) -> None:
       baton local cut ap
     """
     _ask(_layout(directory), "cut", name=name)
-    click.echo(f"{name} is cut off; `baton local heal {name}` gives its network back")
+    click.echo(f"{name} is cut off; `{session.invoked()} local heal {name}` gives its network back")
 
 
 @local.command()
@@ -349,7 +368,7 @@ def _ask(layout: Layout, order: str, **words: Any) -> dict[str, Any]:
     try:
         return control.ask(layout, order, **words)
     except NotRunning:
-        click.echo(f"nothing is running in {layout.directory}; `baton local up` starts it", err=True)
+        click.echo(f"nothing is running in {layout.directory}; `{session.invoked()} local up` starts it", err=True)
         raise SystemExit(NOTHING_RUNS) from None
     except Refused as refused:
         click.echo(f"error: {refused}", err=True)

@@ -11,6 +11,7 @@ Call it from the main thread's asyncio loop only.
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -62,7 +63,9 @@ class Federation:
             return ""
         unsafe = self.binary.support is Support.UNSAFE
         what = "has bugs that can lose data; good for a look, for nothing else" if unsafe else "lacks known fixes"
-        return f"warning: etcd {self.binary.version} {what} (`scripts/tools etcd` builds a supported one)"
+        has_go = shutil.which("go") is not None
+        fix = "run `scripts/tools etcd` for a supported one" if has_go else "with Go, `scripts/tools etcd` builds one"
+        return f"warning: etcd {self.binary.version} {what}; {fix}"
 
     @property
     def endpoints(self) -> list[str]:

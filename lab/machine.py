@@ -20,11 +20,15 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
-from cluster_agent.guard import host, proctree
+from cluster_agent.guard import cgroups, host, proctree
 
 OFF_SECONDS = 10.0
 """Longest power off. The kernel needs milliseconds; a process stuck on dead storage would keep us for ever."""
+
+GUARD_DIRECTORY = "guard"
+"""Where an agent has its guard, in its own directory (cluster_agent/__main__.py)."""
 
 LOOK_SECONDS = 0.005
 """Between looks at what is left while the power goes off."""
@@ -140,6 +144,13 @@ class Machine:
             select.select([], [], [], LOOK_SECONDS)
             self._reap()
         self._reap()
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """A power cut leaves no control groups either: those of a killed guard, which is below the agent's directory."""
+        with suppress(ValueError, IndexError):  # another command, as tests have one
+            directory = Path(self._command[self._command.index("--directory") + 1])
+            cgroups.remove_left(directory / GUARD_DIRECTORY / cgroups.RECORD)
 
     @staticmethod
     def _say(words: str) -> None:

@@ -12,18 +12,24 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from baton import contexts
+from baton.clock import SystemClock
 from baton.errors import InvalidField
 from lab import control
 from lab.control import Refused
 from lab.etcd_binary import EtcdNotFound
 from lab.federation import Federation, UnknownPart
+from lab.health import headline
 from lab.layout import BadSettings, Layout, Settings, default_directory
 from lab.parts import PartFailed
+
+LOOK_SECONDS = 1.0
+"""Between looks at the parts. A part that died by itself is in the log this much later."""
 
 
 class AlreadyRunning(Exception):
@@ -75,10 +81,33 @@ async def _live(federation: Federation, end: asyncio.Event, ready: Callable[[dic
     try:
         contexts.write_context(name, federation.endpoints, env=os.environ)
         ready(federation.status())
-        await end.wait()
+        async with _logging(federation):
+            await end.wait()
     finally:
         forget_context(name, federation.endpoints)
         await federation.stop()
+
+
+@asynccontextmanager
+async def _logging(federation: Federation) -> AsyncIterator[None]:
+    """Tell every change of the headline on stderr, which `--detach` keeps as supervisor.log, while the body runs."""
+
+    async def look() -> None:
+        last, clock = headline(federation.status()), SystemClock()
+        while True:
+            await clock.sleep(LOOK_SECONDS)
+            now = headline(federation.status())
+            if now != last:
+                sys.stderr.write(f"{now}\n")
+                sys.stderr.flush()
+                last = now
+
+    looking = asyncio.create_task(look())
+    try:
+        yield
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
 
 
 def forget_context(name: str, endpoints: list[str]) -> None:

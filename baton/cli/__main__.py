@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from baton.cli.root import main
+from baton.cli import main
 
 main(prog_name="baton")

@@ -202,13 +202,27 @@ async def _all(items: AsyncIterator[Item]) -> list[Item]:
     return [item async for item in items]
 
 
-@click.group()
+class _Describe(click.Group):
+    """A name without a kind is a run's, unless it is written as a task's or a cluster's."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            text = args[0]
+            short = "/" in text and not text.startswith("namespaces/")
+            kind = "cluster" if text.startswith("clusters/") else "task" if short or "/tasks/" in text else "run"
+            args = [kind, *args]
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Describe)
 def describe() -> None:
-    """Show everything about one run, task or cluster.
+    """Show everything about one run, task or cluster; a NAME alone is a run's.
 
     \b
     Example:
-      baton describe run nightly
+      baton describe nightly
       baton describe task nightly/report
       baton describe cluster eu
     """

@@ -13,7 +13,7 @@ import sys
 
 import click
 
-from baton.cli import admin, clusters, inspect, runs, session, timeline, trace
+from baton.cli import admin, clusters, inspect, interruptible, runs, session, timeline, trace
 from baton.errors import BatonError
 from baton.graphfile import GraphFileError
 
@@ -41,6 +41,7 @@ class _Root(click.Group):
         return None
 
     def invoke(self, ctx: click.Context) -> object:
+        interruptible()
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()  # a reader that has gone shows here, not in the interpreter's last breath

@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 from collections.abc import Coroutine
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -23,7 +24,7 @@ from baton.cli.progress import Progress
 from baton.client import FINAL_STATES, AsyncClient
 from baton.clock import SystemClock
 from baton.contexts import Context
-from baton.errors import InvalidField, WatchCompacted
+from baton.errors import InvalidField, NameTaken, WatchCompacted
 from baton.graphfile import GraphFile, GraphFileError, load
 from baton.v1 import run_pb2
 
@@ -35,14 +36,17 @@ from baton.v1 import run_pb2
 @click.option("--name", metavar="ID", help="The run's id; wins over metadata.name.")
 @click.option("--priority", type=click.IntRange(-1000, 1000), help="Wins over the file's.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+@session.request_id_option
 @session.connected
 def run(
     file: str,
+    *,
     wait: bool,
     deadline: str | None,
     name: str | None,
     priority: int | None,
     as_json: bool,
+    request_id: str,
     to: Context,
 ) -> None:
     """Create a run of the graph in FILE (`-`: standard input).
@@ -57,26 +61,19 @@ def run(
     if name and (problem := names.id_problem(name)):
         raise click.BadParameter(problem, param_hint="--name")
     graph = load(file)
-    ends = _deadline(graph, deadline)
+    ends = round(_deadline(graph, deadline), 3)  # milliseconds, as they are sent and shown
 
     async def story() -> None:
         async with session.open_client(to) as client:
-            try:
-                created = await client.create_run(
-                    graph.spec,
-                    deadline=ends,
-                    namespace=to.namespace,
-                    run_id=name or graph.name,
-                    priority=graph.priority if priority is None else priority,
-                    labels=graph.labels,
-                    annotations=graph.annotations,
-                )
-            except InvalidField as error:
-                if not error.field_violations:
-                    raise
-                raise GraphFileError(
-                    [graph.problem(each.field, each.message) for each in error.field_violations]
-                ) from None
+            created = await _create(
+                client,
+                graph,
+                deadline=ends,
+                namespace=to.namespace,
+                run_id=name or graph.name,
+                priority=graph.priority if priority is None else priority,
+                request_id=request_id,
+            )
             if wait:
                 await _wait(client, created, after=0, as_json=as_json)
             elif as_json:
@@ -86,6 +83,44 @@ def run(
                 _hints(created.name, to)
 
     _until_detached(story(), to)
+
+
+async def _create(
+    client: AsyncClient,
+    graph: GraphFile,
+    *,
+    deadline: float,
+    namespace: str,
+    run_id: str,
+    priority: int,
+    request_id: str,
+) -> run_pb2.Run:
+    """Creates the run; what the server refuses is told as the command line's user can mend it."""
+    identity = request_id or client.new_request_id()
+    # A repetition must be the same request (PROTOCOL O8), and a deadline "from now" would be another one.
+    moment = datetime.fromtimestamp(deadline, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    options = f"--request-id {identity} --deadline {moment}"
+    try:
+        with session.repeatable(options):
+            return await client.create_run(
+                graph.spec,
+                deadline=deadline,
+                namespace=namespace,
+                run_id=run_id,
+                priority=priority,
+                labels=graph.labels,
+                annotations=graph.annotations,
+                request_id=identity,
+            )
+    except NameTaken as error:
+        error.message = (
+            f"{error.message.partition(';')[0]}; choose another: --name NEW, or `metadata.name` in {graph.path}"
+        )
+        raise
+    except InvalidField as error:
+        if not error.field_violations:
+            raise
+        raise GraphFileError([graph.problem(each.field, each.message) for each in error.field_violations]) from None
 
 
 def _deadline(graph: GraphFile, flag: str | None) -> float:
@@ -235,8 +270,8 @@ def _until_detached(story: Coroutine[Any, Any, None], to: Context) -> None:
 def _hints(name: str, to: Context) -> None:
     run = names.parse_run(name)
     space = "" if run.namespace == to.namespace == names.DEFAULT_NAMESPACE else f" -n {run.namespace}"
-    click.echo(f"  watch:  baton watch {run.run}{space}", err=True)
-    click.echo(f"  cancel: baton cancel {run.run}{space}", err=True)
+    click.echo(f"  watch:  {session.invoked()} watch {run.run}{space}", err=True)
+    click.echo(f"  cancel: {session.invoked()} cancel {run.run}{space}", err=True)
 
 
 def _leave(state: run_pb2.RunState.ValueType) -> None:
@@ -247,8 +282,9 @@ def _leave(state: run_pb2.RunState.ValueType) -> None:
 @click.argument("run", metavar="RUN")
 @click.option("--reason", default="", help="Why, for the record.")
 @click.option("--wait/--no-wait", default=False, help="Wait until the run is final.")
+@session.request_id_option
 @session.connected
-def cancel(run: str, reason: str, wait: bool, to: Context) -> None:
+def cancel(run: str, reason: str, wait: bool, request_id: str, to: Context) -> None:
     """Ask a run to stop.
 
     \b
@@ -258,7 +294,9 @@ def cancel(run: str, reason: str, wait: bool, to: Context) -> None:
     name = str(session.run_name(run, to))
 
     async def story(client: AsyncClient) -> run_pb2.Run:
-        found = await client.cancel_run(name, reason=reason)
+        identity = request_id or client.new_request_id()
+        with session.repeatable(f"--request-id {identity}"):
+            found = await client.cancel_run(name, reason=reason, request_id=identity)
         return await client.wait_run(name) if wait and found.state not in FINAL_STATES else found
 
     found = session.ask(to, story)

@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from baton import contexts, names
+from baton import contexts, names, requestid
 from baton.client import AsyncClient, Tls
 from baton.contexts import Context
 from baton.errors import UNKNOWN, BatonError
@@ -48,6 +51,9 @@ _EXIT_OF_REASON = {
     "INTERNAL": UNREACHABLE,
 }
 
+COMMAND_VARIABLE = "BATON_COMMAND"
+"""Environment variable of a wrapper such as scripts/baton: what its user types instead of `baton`."""
+
 Answer = TypeVar("Answer")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -63,9 +69,48 @@ def say_error(error: BatonError) -> None:
     """Prints a failure on standard error: what, which fields, and whether it may have happened."""
     click.echo(f"error: {clean(error.message)}", err=True)
     for each in error.field_violations:
-        click.echo(f"  {clean(each.field)}: {clean(each.message)}", err=True)
-    if error.applied == UNKNOWN and exit_code(error) == UNREACHABLE and error.reason != "UNREACHABLE":
+        if each.message not in error.message:  # else it would be said twice
+            click.echo(f"  {clean(each.field)}: {clean(each.message)}", err=True)
+    notes = getattr(error, "__notes__", ())
+    for note in notes:
+        click.echo(f"  {note}", err=True)
+    if not notes and error.applied == UNKNOWN and exit_code(error) == UNREACHABLE and error.reason != "UNREACHABLE":
         click.echo("  it is not known whether the call took effect; look before you repeat it", err=True)
+
+
+@contextmanager
+def repeatable(options: str) -> Iterator[None]:
+    """Within it, a failure whose effect is unknown says with which options the command meets its first try (O8)."""
+    try:
+        yield
+    except BatonError as error:
+        if error.applied == UNKNOWN:
+            error.add_note(f"it is not known whether it took effect; to repeat it safely, add {options}")
+        raise
+
+
+def invoked() -> str:
+    """What the user of this process types for `baton`: scripts/baton of a checkout, or a path where it is not on PATH."""
+    if wrapper := os.environ.get(COMMAND_VARIABLE):
+        return clean(wrapper)
+    path = Path(sys.argv[0])
+    if path.name != "baton" or str(path.parent) in os.environ.get("PATH", "").split(os.pathsep):
+        return "baton"
+    return clean(sys.argv[0])
+
+
+def request_id_option(command: Command) -> Command:
+    """--request-id, of commands that change something; not in the help, for only an error's reader needs it."""
+    return click.option("--request-id", default="", hidden=True, callback=_request_id)(command)
+
+
+def _request_id(_ctx: click.Context, _param: click.Parameter, text: str) -> str:
+    try:
+        if text:
+            requestid.time_of(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return text
 
 
 def connection_options(command: Command) -> Command:

@@ -632,7 +632,10 @@ class CreateRunRequest(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     ANNOTATIONS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """UUIDv7; makes the call idempotent (PROTOCOL O8)."""
+    """UUIDv7; makes the call idempotent (PROTOCOL O8). It is remembered where the run's name lives (namespace and run_id; if run_id is
+    empty, the id is made from it), so with another run_id it is another request and makes another run: a retry repeats the whole
+    request.
+    """
     namespace: _builtins.str
     """The namespace; "default" if empty."""
     run_id: _builtins.str
@@ -905,7 +908,7 @@ class CancelRunRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """UUIDv7."""
+    """UUIDv7; remembered where the run's name lives, so with another run it is another request (PROTOCOL O8)."""
     name: _builtins.str
     """namespaces/{namespace}/runs/{run}"""
     reason: _builtins.str

@@ -2,9 +2,10 @@
 
 Theory: a heartbeat *sent* at `s` and acknowledged carries its generation until `s + F` (PROTOCOL F5, G2). From then on
 nothing of that generation starts (G1) and what runs under it is stopped: TERM at `s + F`, KILL early enough that all is
-dead at `s + F + K`. Three more things end a workload the same way: a stop (F8), its deadline (D1: KILL falls on the
-deadline, TERM one grace period earlier) and its own time-out. The first TERM names the reason; the earliest KILL of all
-of them counts.
+dead at `s + F + K`. Three more things end a workload the same way: a stop (F8), its own time-out (TERM when it has
+passed, KILL one grace period later) and the run's deadline (D1: KILL falls on the deadline, TERM one grace period
+earlier, which is then at most a quarter of the time there was). The first TERM names the reason; the earliest KILL of
+all of them counts.
 
 * Renewals never go back and never lie in the future; a renewal after the lease has passed permits new starts, but what
   was told to end goes on ending.
@@ -28,6 +29,10 @@ too late under load; too large: workloads lose time to end by themselves."""
 REPEAT_SECONDS = 1.0
 """A KILL is repeated this often until the death is seen; a signal can meet a process between two states. Smaller:
 noise."""
+
+DEADLINE_GRACE_SHARE = 0.25
+"""Of the time between start and deadline, at most this much is grace. Larger: a short deadline ends work that had
+hardly begun; smaller: no time to end by itself."""
 
 
 class Reason(Enum):
@@ -247,10 +252,11 @@ class Leases(Generic[K]):
             fence_at = sent + self._fence
             cuts.append(_Cut(fence_at, fence_at + self._kill - min(REAP_SECONDS, self._kill / 4), Reason.FENCE))
         if bounds.stop_at is not None:
-            cuts.append(_Cut(bounds.stop_at - bounds.grace_seconds, bounds.stop_at, Reason.DEADLINE))
+            room = DEADLINE_GRACE_SHARE * max(0.0, bounds.stop_at - bounds.started)
+            cuts.append(_Cut(bounds.stop_at - min(bounds.grace_seconds, room), bounds.stop_at, Reason.DEADLINE))
         if bounds.timeout_seconds is not None:
             end = bounds.started + bounds.timeout_seconds
-            cuts.append(_Cut(max(bounds.started, end - bounds.grace_seconds), end, Reason.TIMEOUT))
+            cuts.append(_Cut(end, end + bounds.grace_seconds, Reason.TIMEOUT))
         return cuts
 
     def _sent_for(self, entry: _Entry) -> float | None:

@@ -13,8 +13,9 @@ G1): it outlives the agent, holds the lease timers, and kills on its own clock. 
 3. `adopt(keys, generation)` moves running attempts to the lease of another generation (F5: AttemptsAdopted confirmed).
 4. **Stop** tombstones the key durably, then kills; it is confirmed (`Stopped`) only when the key is on disk as a tombstone
    and no process of it is left and no spawn of it is pending (F8). Stopping an unknown key tombstones it: it can never start.
-5. A workload is killed so that KILL falls on `stop_at` (deadline, D1), TERM `grace_seconds` earlier; `timeout_seconds`
-   counts from its start in the same way.
+5. At the deadline KILL falls on `stop_at` (D1), and TERM comes `grace_seconds` earlier, but at most a quarter of the time
+   between start and deadline. `timeout_seconds` counts from the start: TERM when it has passed, KILL `grace_seconds`
+   later, though never after `stop_at`.
 6. Exits are kept until `forget`: an agent that was away learns of them from `census` and from `events`.
 7. A workload leaves nothing behind: double forks and setsid are found and killed with it (G4), also when the guard dies.
 8. When a new connection is made, unread requests of the old one are void *before* the census is taken (G3).

@@ -29,6 +29,7 @@ from cluster_agent.executors.base import (
     Stopped,
 )
 from cluster_agent.executors.fake_workload import FakeDisk, Interval, Script
+from cluster_agent.executors.wording import worded
 
 SIGKILL, SIGTERM = 9, 15
 
@@ -364,7 +365,8 @@ class FakeHost:
                 cause, result = Cause.RESULT, b""
                 message = f"the result has {len(process.script.result)} bytes, over the limit of {limit // 1024} KiB"
         wall = self.clock.wall()
-        self._record(Exited(key, cause, code, number, process.start_wall, wall, result, message, late))
+        exited = Exited(key, cause, code, number, process.start_wall, wall, result, message, late)
+        self._record(worded(exited, request))
         if process.confirm_stop:
             self._tell(Stopped(key))
 

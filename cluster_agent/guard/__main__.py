@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cluster_agent.executors.base import Features
 from cluster_agent.guard import host, isolation
-from cluster_agent.guard.cgroups import Groups
+from cluster_agent.guard.cgroups import RECORD, Groups
 from cluster_agent.guard.ledger import Ledger, LedgerCorrupt, digest
 from cluster_agent.guard.places import Places
 from cluster_agent.guard.predecessor import bury_predecessor, private_directory
@@ -112,7 +112,7 @@ def _build(directory: Path, options: argparse.Namespace) -> Server:
     keepers = os.open(directory / KEEPERS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     lost = bury_predecessor(ledger, lambda: _try_lock(keepers), BURY_SECONDS)
     fcntl.flock(keepers, fcntl.LOCK_SH)
-    groups = Groups(f"{digest(str(directory)):016x}", wanted=options.limits == "auto")
+    groups = Groups(f"{digest(str(directory)):016x}", directory / RECORD, wanted=options.limits == "auto")
     places = Places(directory)
     places.tidy(ledger.started_keys.keys() | ledger.exits.keys())
     lives_read, _lives_write = os.pipe2(os.O_CLOEXEC)  # the write end closes with this process, and nothing else has it

@@ -3,12 +3,17 @@
 What works is found by trying: at start the guard makes a group under its own one, for each controller, and writes a
 limit into it. Hosts differ (v1, v2, hybrid, delegated or not, read-only in containers), and mount tables promise more
 than is granted. Groups are made only for workloads with limits; killing does not depend on them (keeper.py).
+
+Groups outlive processes, so the guard writes down where it made them (RECORD): it removes them at its end, and the next
+guard of the directory, or whoever killed it, those of one that had no end.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import select
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +24,15 @@ CONTROLLERS = ("memory", "cpu", "pids")
 
 CPU_PERIOD_MICROS = 100_000
 """The kernel's default scheduling period; shorter costs overhead, longer makes throttled programs stutter."""
+
+RECORD = "cgroups"
+"""File in the guard's directory: its groups, a path a line."""
+
+_PREFIX = "baton-"
+"""Only groups of this name are ever removed: the record is a file, and files can be wrong."""
+
+CLOSE_ROUNDS = 50
+"""Looks, 10 ms apart, at groups in which the kernel still counts the dead. Fewer leaves some; more delays the end."""
 
 _PROBE_MILLIS, _PROBE_BYTES, _PROBE_PROCESSES = 1000, 64 << 20, 64
 
@@ -60,17 +74,22 @@ class Group:
 class Groups:
     """The guard's subtree of each controller that it may use; `found` names them."""
 
-    def __init__(self, name: str, *, wanted: bool) -> None:
+    def __init__(self, name: str, record: Path, *, wanted: bool) -> None:
         self._parents: dict[str, Path] = {}
+        self._record = record
         self.version = ""
+        made = set(_recorded(record))
         for version, finder in (("v2", _v2_parents), ("v1", _v1_parents)) if wanted else ():
-            parents = finder(f"baton-{name}")
+            parents = finder(f"{_PREFIX}{name}")
+            made.update(parents.values())
             if len(parents) > len(self._parents):
                 self._parents, self.version = parents, version
-        self._sweep()
+        for path in made:
+            _sweep(path)
         for controller in list(self._parents):
             if not self._works(controller):
                 del self._parents[controller]
+        self._write_record(_remove(made - set(self._parents.values())) | set(self._parents.values()))
         self.found = tuple(self._parents)
 
     def complete(self) -> bool:
@@ -95,19 +114,12 @@ class Groups:
         return group if group.directories else None
 
     def close(self) -> None:
-        """Delete the guard's own groups; what is still busy stays for the next guard's sweep."""
-        self._sweep()
-        for path in set(self._parents.values()):
-            with suppress(OSError):
-                path.rmdir()
+        """Delete the guard's own groups; what stays busy stays on record, for the next guard."""
+        remove_left(self._record, self._parents.values())
 
-    def _sweep(self) -> None:
-        """Delete groups an earlier guard left behind; they are empty, for its workloads died with it."""
-        for parent in set(self._parents.values()):
-            for path in parent.iterdir():
-                if path.is_dir():
-                    with suppress(OSError):
-                        path.rmdir()
+    def _write_record(self, paths: Iterable[Path]) -> None:
+        with suppress(OSError):  # a full disk: without it some empty groups may stay
+            self._record.write_text("".join(f"{path}\n" for path in sorted(paths)))
 
     def _works(self, controller: str) -> bool:
         """Really write a limit."""
@@ -122,6 +134,45 @@ class Groups:
             with suppress(OSError):
                 path.rmdir()
         return True
+
+
+def remove_left(record: Path, known: Iterable[Path] = ()) -> None:
+    """Delete the groups of a guard that is dead or ending, and its record when all are gone. `known`: also if a full
+    disk kept them off the record."""
+    left = {*_recorded(record), *known}
+    for _ in range(CLOSE_ROUNDS):
+        left = _remove(left)
+        if not left:
+            with suppress(OSError):
+                record.unlink()
+            return
+        select.select([], [], [], 0.01)
+
+
+def _recorded(record: Path) -> list[Path]:
+    """The groups on record that still may be there."""
+    try:
+        paths = [Path(line) for line in record.read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+    return [path for path in paths if path.name.startswith(_PREFIX)]
+
+
+def _remove(paths: set[Path]) -> set[Path]:
+    """Delete groups and what is in them; returns those that are still there."""
+    for path in paths:
+        _sweep(path)
+        with suppress(OSError):
+            path.rmdir()
+    return {path for path in paths if path.exists()}
+
+
+def _sweep(parent: Path) -> None:
+    """Delete the groups of workloads; busy ones stay."""
+    with suppress(OSError):
+        for path in [path for path in parent.iterdir() if path.is_dir()]:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def _v1_parents(name: str) -> dict[str, Path]:

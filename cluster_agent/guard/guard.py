@@ -17,12 +17,13 @@ from contextlib import suppress
 
 from cluster_agent.core.lease import Action, Bounds, Leases, Order, Reason
 from cluster_agent.executors.base import AttemptKey, Cause, Exited, Features, Phase, PythonCall, StartRequest
+from cluster_agent.executors.wording import worded
 from cluster_agent.guard import host, proctree, strays
 from cluster_agent.guard.census import census, greeting
 from cluster_agent.guard.ledger import Ledger
 from cluster_agent.guard.meters import tree_breach
-from cluster_agent.guard.places import Places
-from cluster_agent.guard.protocol import Message, code_from_wire, exit_to_wire, start_from_wire
+from cluster_agent.guard.places import Places, checkpoint_name
+from cluster_agent.guard.protocol import Message, code_from_wire, exit_from_wire, exit_to_wire, start_from_wire
 from cluster_agent.guard.pythons import Pythons, Worker, died, ended
 from cluster_agent.guard.workload import Spawner, Workload, needs_tree_polling, outcome, resolve
 
@@ -61,8 +62,7 @@ class Guard:
         self._leases: Leases[str] = Leases()
         self._live: dict[str, Workload] = {}
         self._unwritten: dict[str, tuple[str | None, bool]] = {}
-        """Tombstones a full disk would not take: key -> (refusal to tell then, stop to confirm then). Barred
-        meanwhile."""
+        """Tombstones a full disk would not take: key -> (refusal to tell then, stop to confirm then); barred till then."""
         self._busy_groups: list[Workload] = []
         self._unrecorded: dict[str, Message] = {}
         """Exits a full disk would not take; told already, written when there is room."""
@@ -101,7 +101,7 @@ class Guard:
         """Every minute: retention, and the ledger's reserve."""
         self._places.sweep()
         self._pythons.sweep()
-        self._places.sweep_checkpoints({f"{w.request.key.run_uid}.{w.request.key.task}" for w in self._live.values()})
+        self._places.sweep_checkpoints({checkpoint_name(w.request.key) for w in self._live.values()})
         with suppress(OSError):
             self._ledger.keep_reserve()
 
@@ -205,8 +205,7 @@ class Guard:
             return incomplete
         if len(self._live) + self._pythons.extra_load >= self._most:
             return f"the guard runs {self._most} workloads, its limit"
-        free = self._places.free_bytes()
-        if free < self._min_free_bytes:
+        if (free := self._places.free_bytes()) < self._min_free_bytes:
             return f"the executor's disk is full: {free} bytes free, {self._min_free_bytes} needed"
         return None
 
@@ -214,17 +213,9 @@ class Guard:
         """A keeper runs it: hold its timers."""
         key, request = workload.name, workload.request
         self._live[key] = workload
-        self._leases.add(
-            key,
-            Bounds(
-                request.generation,
-                now,
-                request.stop_at,
-                timeout if timeout is not None else request.timeout_seconds,
-                request.grace_seconds,
-                request.keep_at_fence,
-            ),
-        )
+        seconds = timeout if timeout is not None else request.timeout_seconds
+        grace, keep = request.grace_seconds, request.keep_at_fence
+        self._leases.add(key, Bounds(request.generation, now, request.stop_at, seconds, grace, keep))
         with suppress(OSError):  # without the record only the keepers' lock proves its death to a later guard
             self._ledger.kept(key, workload.keeper_pid, keeper_ticks)
 
@@ -305,7 +296,7 @@ class Guard:
         del self._live[key]
         if workload.request.python is not None:
             self._pythons.cap_log(workload.request)
-        self._exited(exited)
+        self._exited(worded(exited, workload.request))
         if workload.confirm_stop and key in self._unwritten:
             self._unwritten[key] = (None, True)
         elif workload.confirm_stop:
@@ -314,6 +305,7 @@ class Guard:
     def _exited(self, exited: Exited) -> None:
         key, wire = exited.key.text(), exit_to_wire(exited)
         self._places.finished(key)
+        self._drop_checkpoint(exited.key, full=False)
         try:
             self._ledger.exited(key, wire)
         except OSError:
@@ -362,17 +354,25 @@ class Guard:
 
     def _forget(self, keys: Iterable[str]) -> None:
         done = [key for key in keys if key not in self._live]
+        for exited in (exit_from_wire(self._ledger.exits[key][1]) for key in done if key in self._ledger.exits):
+            if exited.succeeded:
+                self._drop_checkpoint(exited.key, full=True)
         with suppress(OSError):  # the agent forgets again after its next census
             self._ledger.forget(done)
         for key in done:
             self._unrecorded.pop(key, None)
             self._places.discard(key)
 
+    def _drop_checkpoint(self, key: AttemptKey, *, full: bool) -> None:
+        """Unless another attempt of the same task runs here."""
+        others = (workload.request.key for workload in self._live.values())
+        if not any(other.task == key.task and other.run_uid == key.run_uid for other in others):
+            self._places.drop_checkpoint(key, full=full)
+
     def _tell_log(self, message: Message) -> None:
         key = AttemptKey.parse(message["key"]).text()
         data, at_end = self._places.read_log(key, int(message["offset"]), int(message["limit"]))
-        complete = at_end and key not in self._live
-        text = base64.b64encode(data).decode()
+        text, complete = base64.b64encode(data).decode(), at_end and key not in self._live
         self._emit({"ev": "log", "id": message["id"], "data": text, "complete": complete})
 
     def _measure(self, now: float) -> None:

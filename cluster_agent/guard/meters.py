@@ -21,10 +21,10 @@ timers."""
 
 
 class DiskMeter:
-    """Bytes under a directory, measured by an endless walk in steps."""
+    """Bytes under some directories together, measured by an endless walk in steps."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, *directories: Path) -> None:
+        self._directories = [str(directory) for directory in directories]
         self._walk = self._steps()
         self.used_bytes = 0
         """At the end of the last complete walk, or what the present one has found already, if that is more."""
@@ -38,7 +38,7 @@ class DiskMeter:
     def _steps(self) -> Iterator[tuple[int, bool]]:
         while True:
             found, seen = 0, 0
-            queue = [str(self._directory)]
+            queue = list(self._directories)
             while queue:
                 try:
                     entries = os.scandir(queue.pop())

@@ -1,7 +1,7 @@
 """The guard's directory: where each attempt works, writes and logs, and how long what it left stays.
 
 work/{key}/            private working directory; gone with `forget`
-checkpoints/{run}.{task}/   survives attempts of the same task on this cluster
+checkpoints/{run}.{task}/   survives attempts of the same task on this cluster; gone with the success of one
 logs/{key}.log         captured output; stays by retention
 trash/                 what is being deleted, by a child process, so that no big tree holds up the lease timers
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cluster_agent.executors.base import AttemptKey
 from cluster_agent.guard import host
+from cluster_agent.guard.meters import DiskMeter
 
 RESULT, INPUTS = ".baton-result", ".baton-inputs.json"
 """Inside the working directory; hidden, so that a workload that lists its directory finds it empty."""
@@ -35,6 +36,11 @@ CHECKPOINT_SECONDS = 7 * 86_400.0
 capacity."""
 READ_BYTES = 1 << 20
 """One log read; larger would hold up the lease timers."""
+
+
+def checkpoint_name(key: AttemptKey) -> str:
+    """`{run}.{task}`: what all attempts of a task have in common."""
+    return f"{key.run_uid}.{key.task}"
 
 
 class Places:
@@ -63,8 +69,7 @@ class Places:
 
     def prepare(self, key: AttemptKey, inputs: bytes) -> dict[str, str]:
         """Make the attempt's directories; returns the environment that names them. Raises OSError."""
-        work = self.work_of(key.text())
-        checkpoint = self.checkpoints / f"{key.run_uid}.{key.task}"
+        work, checkpoint = self.work_of(key.text()), self.checkpoint_of(key)
         work.mkdir(mode=0o700)
         checkpoint.mkdir(mode=0o700, exist_ok=True)
         os.utime(checkpoint)
@@ -79,6 +84,23 @@ class Places:
     def work_of(self, key: str) -> Path:
         """The private working directory."""
         return self.work / key
+
+    def checkpoint_of(self, key: AttemptKey) -> Path:
+        """The directory that this attempt shares with the others of its task."""
+        return self.checkpoints / checkpoint_name(key)
+
+    def meter(self, key: AttemptKey) -> DiskMeter:
+        """Of what the attempt may fill: its working directory and its task's checkpoints."""
+        return DiskMeter(self.work_of(key.text()), self.checkpoint_of(key))
+
+    def drop_checkpoint(self, key: AttemptKey, *, full: bool) -> None:
+        """The task's checkpoint directory goes if it is empty, or also `full`, when nobody needs it any more."""
+        path = self.checkpoint_of(key)
+        if full:
+            self.throw_away(path)
+        else:
+            with suppress(OSError):  # not empty, or gone
+                path.rmdir()
 
     def open_log(self, key: str) -> int:
         """A descriptor that appends to the attempt's log. Raises OSError."""

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster_agent.executors.base import AttemptKey, Cause, Exited, Limits, Phase, PythonCall, StartRequest
+from cluster_agent.executors.wording import signal_name
 from cluster_agent.guard import host, proctree
 from cluster_agent.guard.keeper import dropped_marker
-from cluster_agent.guard.meters import DiskMeter
 from cluster_agent.guard.places import Places
 from cluster_agent.guard.protocol import for_pip
 from cluster_agent.guard.workload import Spawner, Workload, bury_keeper
@@ -269,7 +269,7 @@ class Pythons:
         finally:
             os.close(log)
         workload.request, workload.start_wall = request, host.wall()
-        workload.meter = DiskMeter(self._places.work_of(key)) if request.limits.disk_bytes else None
+        workload.meter = self._places.meter(request.key) if request.limits.disk_bytes else None
         workload.confirm_stop, workload.owed_term, workload.breach = False, False, ""
         worker.busy, worker.answer = True, None
 
@@ -336,6 +336,6 @@ def died(exited: Exited) -> Exited:
         return replace(exited, message=f"no Python worker could be started: {exited.message}")
     if exited.cause is not Cause.EXIT:
         return exited
-    how = f"exit code {exited.exit_code}" if exited.signal is None else f"signal {exited.signal}"
+    how = f"exit code {exited.exit_code}" if exited.signal is None else signal_name(exited.signal)
     message = exited.message or f"the worker process ended in mid-task, by {how}"
     return replace(exited, cause=Cause.RESULT if exited.exit_code == 0 else Cause.EXIT, result=b"", message=message)

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cluster_agent.executors.base import Features
-from cluster_agent.guard import host
+from cluster_agent.guard import host, peers
 from cluster_agent.guard.guard import Guard
 from cluster_agent.guard.ledger import Ledger
 from cluster_agent.guard.places import Places
@@ -137,8 +137,13 @@ class Server:
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
+            refusal = peers.refusal(connection)
         except OSError as error:  # out of descriptors, or it left again: the agent tries again, and work must not die
             self._note(f"a connection was not taken: {error}")
+            return
+        if refusal:
+            self._note(f"a connection was refused: {refusal}")
+            connection.close()
             return
         connection.setblocking(False)
         self._drop(superseded=True)

@@ -115,7 +115,7 @@ class Spawner:
         then nothing runs and nothing is held."""
         name, limits = request.key.text(), request.limits
         group = self.groups.make(name, limits)
-        meter = DiskMeter(self.places.work_of(name)) if limits.disk_bytes else None
+        meter = self.places.meter(request.key) if limits.disk_bytes else None
         with ExitStack() as ours, ExitStack() as theirs:
             if group is not None:
                 ours.callback(group.remove)

@@ -284,6 +284,10 @@ class LoseCluster:
     generation: int
     evidence: Evidence
     reason: str
+    begun: bool = True
+    """Whether a heartbeat was ever committed in that generation. If not, the condition proves that there was none (S4)."""
+    idle: frozenset[str] = frozenset()
+    """Clusters that live, but in a generation without any committed heartbeat so far: they serve nothing yet (S7)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,8 @@ class Fleet:
         self._requests = RequestLedger()
         self._seq = 0
         self._table: FleetTable | None = None
+        self._idle: frozenset[str] = frozenset()
+        """What the newest loss said of who lives without a heartbeat; an observation, so it is no state and not folded."""
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -152,7 +154,7 @@ class Fleet:
         """A storm begins when enough losses have come together, in one batch or in several (S7)."""
         if not any(isinstance(event, ev.ClusterLost) for event in batch.events):
             return
-        serving = [uid for uid, row in self._rows.items() if row.current is not None]
+        serving = [uid for uid, row in self._rows.items() if row.current is not None and uid not in self._idle]
         until = self._storm.verdict(batch.now, serving)
         if until is not None:
             batch.emit(ev.StormHeld(until))
@@ -224,7 +226,10 @@ class Fleet:
         current = row.current if row else None
         if row is None or current is None or current.number != command.generation:
             raise Refused("WRONG_STATE", f"generation {command.generation} is not a living one of {command.cluster}")
+        self._idle = command.idle
         evidence = command.evidence
+        if not command.begun and started_nothing(row.facts):
+            evidence = Evidence.REPORTED
         if evidence is not Evidence.REPORTED and not (evidence is Evidence.TIMED and row.facts.orphan_killer):
             evidence = Evidence.NONE
         batch.emit(ev.ClusterLost(command.cluster, command.generation, evidence, command.reason))
@@ -356,6 +361,13 @@ class Fleet:
         cached, self._table = self._table, None
         _must(cached is None or cached == self.table(), "the published table is stale")
         self._requests.validate()
+
+
+def started_nothing(facts: ClusterFacts) -> bool:
+    """Whether nothing can run in the newest generation, given that no heartbeat was ever committed in it. An agent starts nothing
+    before its first acknowledged heartbeat, and nothing is placed before one (F3, C4); so only adopted work could run (S6), and that
+    is dead too if every earlier generation ended with evidence REPORTED."""
+    return all(generation.evidence is Evidence.REPORTED for generation in facts.generations[:-1])
 
 
 def _must(holds: bool, story: str) -> None:

@@ -152,7 +152,7 @@ def _end_part(run: Run, batch: Batch) -> None:
     if not tasks:
         return
     new = TaskState.CANCELLED if cancelled else TaskState.DEADLINE_EXCEEDED
-    reason = f"cancelled: {run.reason}" if cancelled else "the run's deadline passed"
+    reason = (f"cancelled: {run.reason}" if run.reason else "cancelled") if cancelled else "the run's deadline passed"
     batch.emit(TasksEnded(run.uid, tuple(tasks), (new,) * len(tasks), (reason,) * len(tasks)))
     run.scanned = index
 

@@ -3,8 +3,9 @@
 Theory. Losing sight is not death. If a third of a federation vanishes within one recovery time L+G, the likeliest cause lies
 between us and them; moving everything at once would double the work, and crush who is left. So tasks are held for up to
 2(L+G) from the first loss, once per storm; owners shorten it to a task's own slack. A goodbye or a reboot (evidence
-REPORTED) is a known death and does not count. With fewer than three serving clusters there is no majority to learn from,
-and no storm guard.
+REPORTED) is a known death and does not count; nor does a generation without any heartbeat, which had nothing to lose and
+served nothing (`fleet.started_nothing`): else whoever can say Hello could stir a storm, or water one down. With fewer than
+three serving clusters there is no majority to learn from, and no storm guard.
 
 A storm lasts from its first loss to the end of its hold. Losses inside it belong to it and never lengthen it; losses after
 it start counting anew.

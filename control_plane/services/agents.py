@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 
 from baton.clock import Entropy
-from baton.errors import Denied
+from baton.errors import Denied, LimitExceeded
 from baton.v1 import agent_pb2 as pb
 from control_plane.services.edge import abort
 from control_plane.services.failures import explain
@@ -32,6 +32,9 @@ off agents that pause, too large would let a dead link hold memory."""
 
 QUEUE_BYTES = 64 << 20
 """Bytes waiting for one agent, for the same reasons."""
+
+MAX_MESSAGE = 4 << 20
+"""Bytes of one message from an agent, as many as agents send; the listener takes more, for the peer streams on it."""
 
 SERVICE, SESSION = "baton.v1.AgentService", "Session"
 
@@ -54,7 +57,10 @@ class GrpcAgentStream:
         if self._ended:
             raise StreamClosed
         try:
-            message: pb.SessionRequest = decode(pb.SessionRequest, await anext(self._requests))
+            payload = await anext(self._requests)
+            if len(payload) > MAX_MESSAGE:
+                raise LimitExceeded(f"the message holds {len(payload)} bytes, more than {MAX_MESSAGE}")
+            message: pb.SessionRequest = decode(pb.SessionRequest, payload)
         except StopAsyncIteration:
             raise StreamClosed from None
         except asyncio.CancelledError:

@@ -19,7 +19,7 @@ from control_plane.core.model import FLEET, Admission, ClusterFacts, FleetTable
 from control_plane.services import pages, translate
 from control_plane.services.desk import Desk
 from control_plane.services.failures import committed, invalid
-from control_plane.services.methods import Asked, check_request_id, page_size
+from control_plane.services.methods import PAGE_BYTES, Asked, check_request_id, page_size
 
 QUESTION = pages.filter_hash("clusters")
 
@@ -39,10 +39,17 @@ class Clusters:
         size = page_size(request.page_size)
         after = pages.read(request.page_token, QUESTION)
         facts = sorted((await self._table(asked)).clusters.values(), key=lambda each: each.name)
-        facts = [each for each in facts if each.name > after]
-        token = pages.write(facts[size - 1].name, QUESTION) if len(facts) > size else ""
-        clusters = [self._cluster(each) for each in facts[:size]]
-        yield cluster_pb2.ListClustersResponse(clusters=clusters, next_page_token=token)
+        response = cluster_pb2.ListClustersResponse()
+        used, last = 0, ""
+        for each in (each for each in facts if each.name > after):
+            cluster = self._cluster(each)
+            used += cluster.ByteSize()
+            if response.clusters and (len(response.clusters) >= size or used > PAGE_BYTES):
+                response.next_page_token = pages.write(last, QUESTION)
+                break
+            response.clusters.append(cluster)
+            last = each.name
+        yield response
 
     async def get_cluster(
         self, request: cluster_pb2.GetClusterRequest, asked: Asked

@@ -25,7 +25,7 @@ DEFAULT_TASK_PAGE = 500
 MAX_PAGE = 1000
 """Sizes of pages, as the protos promise."""
 
-PAGE_BYTES = 2 << 20
+PAGE_BYTES = 1 << 20
 """Bytes of a page; it ends early rather than break the 4 MiB that clients receive. One entry is far below the difference."""
 
 

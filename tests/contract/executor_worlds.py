@@ -119,6 +119,18 @@ async def end_guards(pids: set[int], clock: SystemClock) -> None:
         await clock.sleep(0.01)
 
 
+def guards_under(directory: Path) -> set[int]:
+    """Guards whose own directory lies in `directory`, which must be one test's alone."""
+    found = set()
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with suppress(OSError, ValueError, IndexError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            place = Path(os.fsdecode(words[words.index(b"--dir") + 1]))
+            if b"cluster_agent.guard" in words and place.is_relative_to(directory):
+                found.add(pid)
+    return found
+
+
 def _is_guard(pid: int) -> bool:
     """Whether it lives and still is what it was."""
     try:

@@ -122,6 +122,7 @@ async def test_a_failing_workload_is_told_with_its_code(world: ExecutorWorld, ag
     await agent.executor.start([world.request(key, "--exit", "7", "--result", "ignored")])
     exited = await agent.exit_of(key)
     assert (exited.cause, exited.exit_code, exited.succeeded, exited.result) == (Cause.EXIT, 7, False, b"")
+    assert exited.message == "exited with code 7"
 
 
 async def test_a_missing_program_is_a_spawn_failure_that_names_it(world: ExecutorWorld, agent: Agent) -> None:
@@ -246,8 +247,8 @@ async def test_the_deadline_kills_by_itself(world: ExecutorWorld, agent: Agent) 
         ]
     )
     exited = await agent.exit_of(key)
-    assert exited.cause is Cause.DEADLINE
-    assert world.clock.boot() >= now + 0.4
+    assert (exited.cause, exited.message) == (Cause.DEADLINE, "stopped at the run's deadline")
+    assert world.clock.boot() >= now + 0.6
     await agent.until(Refused, passed)
 
 
@@ -257,6 +258,8 @@ async def test_the_timeout_kills_by_itself(world: ExecutorWorld, agent: Agent) -
     await agent.executor.start([world.request(key, *words, timeout_seconds=0.8, grace_seconds=0.2)])
     exited = await agent.exit_of(key)
     assert (exited.cause, exited.signal) == (Cause.TIMEOUT, 9)
+    assert exited.message == "timed out after 0.8s"
+    assert exited.end_wall - exited.start_wall >= 0.99  # TERM after the time-out, KILL after the grace
 
 
 async def test_when_the_lease_passes_work_dies_except_what_is_to_be_kept(world: ExecutorWorld, agent: Agent) -> None:

@@ -234,6 +234,11 @@ def test_etcd_killed_and_started_again_keeps_what_it_had(shared: Home) -> None:
     shared.baton("run", shared.graph(), "--wait", "--name", "kept")
     shared.baton("local", "kill", "etcd")
     assert shared.part("etcd")["state"] == "dead"
+    degraded = "degraded: etcd is dead; baton local start etcd"
+    assert shared.baton("local", "status").stdout.splitlines()[0] == degraded
+    assert shared.baton("local", "up").stdout.splitlines()[0] == degraded
+    assert "etcd was dead already" in shared.baton("local", "kill", "etcd").stdout
+    eventually(lambda: degraded in shared.layout.log("supervisor").read_text(), "the supervisor to say so")
     shared.baton("local", "start", "etcd")
     shared.baton("run", shared.graph(), "--wait", "--name", "after")
     assert "kept" in shared.baton("get", "runs").stdout
@@ -286,6 +291,8 @@ def test_nothing_runs_and_bad_settings(home: Home) -> None:
     assert "twice" in home.baton("local", "up", "--clusters", "eu,eu", code=2).stderr
     assert "another part" in home.baton("local", "up", "--clusters", "etcd", code=2).stderr
     home.baton("local", "up", "--profile", "reckless", code=2)
+    for detach in ((), ("--detach",)):
+        assert "--directory" in home.baton("local", "up", "--directory", "/proc/x", *detach, code=2).stderr
 
 
 def test_delete_touches_nothing_that_is_not_ours(home: Home) -> None:

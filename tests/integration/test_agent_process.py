@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -15,10 +14,12 @@ from typing import Any
 import grpc
 import pytest
 
+from baton.clock import SystemClock
 from baton.leases import PROFILES, to_millis
 from baton.v1 import agent_pb2, agent_pb2_grpc, graph_pb2
 from cluster_agent.transport import TransportClosed
 from cluster_agent.transport_grpc import GrpcTransport
+from tests.contract.executor_worlds import end_guards, guards_under
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCH = agent_pb2.ShardEpoch(incarnation=1, revision=1)
@@ -104,21 +105,7 @@ async def agent(served: tuple[Server, str], tmp_path: Path) -> AsyncIterator[asy
     with suppress(ProcessLookupError):
         process.send_signal(signal.SIGKILL)
     await process.wait()
-    pid = guard_pid(tmp_path)
-    if pid is not None:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def guard_pid(directory: Path) -> int | None:
-    """The guard whose command line names this test's own directory."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with suppress(OSError):
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if b"cluster_agent.guard" in words and any(word.startswith(os.fsencode(directory)) for word in words):
-                    return int(entry.name)
-    return None
+    await end_guards(guards_under(tmp_path), SystemClock())
 
 
 async def test_a_real_task_through_a_real_agent(served: tuple[Server, str], agent: asyncio.subprocess.Process) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -319,3 +320,72 @@ async def test_help_everywhere_with_an_example(baton: Shell) -> None:
 
 async def test_version(baton: Shell) -> None:
     assert (await baton("version")).out.startswith("baton ")
+
+
+def test_ctrl_c_while_the_command_is_being_loaded_is_quiet(tmp_path: Path) -> None:
+    """The signal comes at the first import of gRPC, in the middle of the command's start."""
+    program = (
+        "import os, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'grpc':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from baton.cli import main\n"
+        "main()\n"
+    )
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", program, "version"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+async def test_a_taken_name_is_answered_with_the_two_places_where_another_can_be_given(baton: Shell) -> None:
+    taken = errors.NameTaken("namespaces/default/runs/nightly is the name of a finished run; choose another run_id")
+    baton.replica.faults["CreateRun"] = [Fault(error=taken)]
+    done = await baton("run", baton.graph())
+    assert done.code == 2
+    assert "finished run; choose another: --name NEW, or `metadata.name` in g.yaml" in done.err
+    assert "run_id" not in done.err
+
+
+async def test_hints_are_written_as_the_command_was(baton: Shell) -> None:
+    baton.env["BATON_COMMAND"] = "scripts/baton"
+    assert "scripts/baton watch nightly" in (await baton("run", baton.graph())).err
+
+
+async def test_o8_a_run_of_unknown_effect_can_be_repeated_as_the_error_says(baton: Shell) -> None:
+    baton.replica.faults["CreateRun"] = [Fault(error=errors.Internal("lost", applied=errors.UNKNOWN), after=True)]
+    done = await baton("run", baton.graph())
+    assert done.code == 6
+    options = done.err.splitlines()[-1].partition("add ")[2].split()
+    assert [options[0], options[2]] == ["--request-id", "--deadline"]
+    again = await baton("run", "g.yaml", *options)
+    assert (again.code, again.out) == (0, "namespaces/default/runs/nightly\n")
+    assert baton.state.requests[0] == baton.state.requests[1]
+    assert (await baton("run", "g.yaml", "--request-id", "mine")).code == 2
+
+
+async def test_o8_a_cancel_of_unknown_effect_can_be_repeated_as_the_error_says(baton: Shell) -> None:
+    await baton("run", baton.graph(outcome="HANG"))
+    baton.replica.faults["CancelRun"] = [Fault(error=errors.Internal("lost", applied=errors.UNKNOWN))]
+    done = await baton("cancel", "nightly")
+    options = done.err.splitlines()[-1].partition("add ")[2].split()
+    assert (done.code, options[0]) == (6, "--request-id")
+    assert (await baton("cancel", "nightly", *options)).code == 0
+
+
+async def test_describe_guesses_the_kind(baton: Shell) -> None:
+    await baton("run", baton.graph())
+    assert (await baton("describe", "nightly")).out == (await baton("describe", "run", "nightly")).out
+    assert "result of a" in (await baton("describe", "nightly/a")).out
+    assert "READY" in (await baton("describe", "clusters/eu")).out
+    assert (await baton("describe", "none")).code == 5
+
+
+async def test_what_the_message_says_is_not_said_again_as_a_field(baton: Shell) -> None:
+    field = errors.FieldViolation("name", "is SUCCEEDED")
+    refused = errors.WrongState("the run is SUCCEEDED", field_violations=[field])
+    baton.replica.faults["CancelRun"] = [Fault(error=refused)]
+    done = await baton("cancel", "nightly")
+    assert (done.code, done.err) == (1, "error: the run is SUCCEEDED\n")

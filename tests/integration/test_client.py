@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
-from baton import client_streams, errors
+from baton import client_call, client_streams, errors
 from baton.client import AsyncClient, Tls
 from baton.v1 import graph_pb2, run_pb2
 from tests.integration.small_federation import Fault, Replica, State
@@ -121,6 +121,38 @@ async def test_nobody_there(world: World) -> None:
         with pytest.raises(errors.Unreachable, match="--endpoint") as caught:
             await client.cancel_run("namespaces/default/runs/x")
     assert caught.value.applied == errors.UNKNOWN
+
+
+async def test_where_all_refuse_and_none_ever_answered_a_call_ends_long_before_its_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_call, "REFUSED_SECONDS", 0.0)
+    for each in world.replicas:
+        await each.stop()
+    async with AsyncClient(world.addresses, timeout=3600) as client, asyncio.timeout(60):
+        with pytest.raises(errors.Unreachable, match="nobody listens at") as caught:
+            await client.cancel_run("namespaces/default/runs/x")
+        assert caught.value.applied == errors.NOT_APPLIED
+        with pytest.raises(errors.Unreachable):
+            async for _ in client.follow_logs("namespaces/default/runs/x/tasks/t", patience=3600):
+                pass
+
+
+async def test_replicas_that_have_answered_are_waited_for_while_they_refuse(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_call, "REFUSED_SECONDS", 0.0)
+    async with AsyncClient(world.addresses, timeout=30) as client:
+        with pytest.raises(errors.NotFound):  # an error of a handler is an answer
+            await client.get_run("namespaces/default/runs/x")
+        ports = [int(address.rpartition(":")[2]) for address in world.addresses]
+        for each in world.replicas:
+            await each.stop()
+        asking = asyncio.create_task(client.list_replicas())
+        await asyncio.wait([asking], timeout=0.5)
+        assert not asking.done()
+        await world.replicas[0].start(ports[0])
+        assert [replica.id for replica in await asking] == ["r1"]
 
 
 async def test_a_dead_replica_is_left_and_not_asked_again(world: World, client: AsyncClient) -> None:

@@ -7,6 +7,7 @@ environment.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import shutil
@@ -36,7 +37,9 @@ from cluster_agent.executors.base import (
 )
 from cluster_agent.executors.process import ProcessExecutor
 from cluster_agent.guard import proctree
+from cluster_agent.guard.cgroups import RECORD
 from cluster_agent.guard.ledger import SEGMENT, Ledger, LedgerCorrupt
+from cluster_agent.guard.protocol import encode
 from tests.contract.executor_worlds import end_guards
 
 pytestmark = pytest.mark.timeout(60)
@@ -197,6 +200,72 @@ async def agent_process(bench: Bench, seconds: float, fence: float) -> asyncio.s
     bench.guards.add(int(await process.stdout.readline()))
     await eventually(lambda: len(bench.living()) == 1)
     return process
+
+
+INTRUDER = """
+import os, socket, sys
+os.chdir(sys.argv[1])
+guard = socket.socket(socket.AF_UNIX)
+guard.connect("guard.sock")
+try:
+    guard.sendall(bytes.fromhex(sys.argv[2]))
+    answer = guard.recv(65536)
+except ConnectionError:
+    answer = b""
+print("heard", len(answer))
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("--killer", "scan")])
+async def test_a_workload_cannot_command_its_guard(bench: Bench, flags: tuple[str, ...]) -> None:
+    """F8, G1: same uid, but the guard's own descendant; it hears nothing and takes nobody's place."""
+    executor = await bench.agent(*flags)
+    victim = bench.request("sleep", "300")
+    await executor.start([victim])
+    await bench.until(executor, Started, victim.key)
+    stop = encode({"op": "stop", "keys": [victim.key.text()], "grace": 0.0}).hex()
+    exited, output = await bench.run(executor, sys.executable, "-c", INTRUDER, str(bench.directory), stop)
+    assert (exited.exit_code, output) == (0, b"heard 0\n")
+    assert not any(isinstance(event, (Exited, Stopped)) and event.key == victim.key for event in bench.told)
+    assert len(bench.living()) == 1
+    assert "one of its own workloads" in (bench.directory / "guard.err").read_text()
+    await executor.stop([victim.key], grace_seconds=5.0)
+    await bench.until(executor, Stopped, victim.key)
+
+
+async def test_checkpoints_go_with_an_accepted_success_and_empty_ones_at_once(bench: Bench) -> None:
+    executor = await bench.agent()
+    checkpoints = bench.directory / "checkpoints"
+    write = ("sh", "-c", 'echo half > "$BATON_CHECKPOINT_DIR/state"')
+    failed = bench.request("sh", "-c", f"{write[2]}; exit 1")
+    succeeded, empty = bench.request(*write), bench.request("true")
+    await executor.start([failed, succeeded, empty])
+    for request in (failed, succeeded, empty):
+        await bench.exit_of(executor, request.key)
+    kept = {f"{request.key.run_uid}.{request.key.task}" for request in (failed, succeeded)}
+    assert {path.name for path in checkpoints.iterdir()} == kept
+    await executor.forget([failed.key, succeeded.key])
+    left = f"{failed.key.run_uid}.{failed.key.task}"
+    await eventually(lambda: [path.name for path in checkpoints.iterdir()] == [left])
+
+
+async def test_a_running_attempt_keeps_the_checkpoints_it_shares(bench: Bench) -> None:
+    executor = await bench.agent()
+    running = bench.request("sleep", "300")
+    other = dataclasses.replace(bench.request("true"), key=dataclasses.replace(running.key, n=2))
+    await executor.start([running, other])
+    await bench.exit_of(executor, other.key)
+    await executor.forget([other.key])
+    await executor.read_log(running.key, 0, 1)  # answered after the forget
+    assert len(list((bench.directory / "checkpoints").iterdir())) == 1
+
+
+async def test_checkpoints_count_as_disk(bench: Bench) -> None:
+    executor = await bench.agent()
+    fill = 'head -c 700000 /dev/zero > "$BATON_CHECKPOINT_DIR/a"; head -c 700000 /dev/zero > b; sleep 300'
+    exited, _ = await bench.run(executor, "sh", "-c", fill, limits=Limits(disk_bytes=1 << 20))
+    assert exited.cause is Cause.LIMIT
+    assert "of disk, over its limit" in exited.message
 
 
 async def test_work_goes_on_when_its_agent_is_killed_and_the_next_one_adopts_it(bench: Bench) -> None:
@@ -458,6 +527,31 @@ async def test_few_open_files_are_a_limit_said_in_words_and_never_the_guards_end
     assert sum(entry.phase is Phase.RUNNING for entry in bench.census.values()) == 5
 
 
+def groups_of(directory: Path) -> list[Path]:
+    """Control groups that the guard of this directory wrote down, as far as they exist."""
+    record = directory / RECORD
+    paths = map(Path, record.read_text().splitlines()) if record.exists() else []
+    return [path for path in paths if path.exists()]
+
+
+async def test_a_guard_takes_its_control_groups_with_it_or_the_next_one_does(bench: Bench) -> None:
+    executor = await bench.agent()
+    made = groups_of(bench.directory)
+    assert len(made) >= len(set(made)) >= int(executor.features().isolation)
+    await executor.close()
+    os.kill(executor.guard_pid, signal.SIGKILL)
+    elsewhere = bench.directory / "baton-elsewhere"  # an earlier guard may have been in another service's group
+    elsewhere.mkdir()
+    (bench.directory / RECORD).write_text("".join(f"{path}\n" for path in [*made, elsewhere, bench.directory]))
+    again = await bench.agent()
+    assert not elsewhere.exists()
+    assert bench.directory.exists()
+    assert groups_of(bench.directory) == made
+    await again.close()
+    await end_guards({again.guard_pid}, bench.clock)
+    assert [path for path in made if path.exists()] == []
+
+
 UNSUPERVISED = """
 import os, resource, sys
 from pathlib import Path
@@ -468,7 +562,7 @@ from cluster_agent.guard.places import Places
 from cluster_agent.guard.workload import Spawner
 
 places = Places(Path(sys.argv[1]))
-groups, isolation = Groups("few", wanted=False), choose("auto")
+groups, isolation = Groups("few", places.directory / "cgroups", wanted=False), choose("auto")
 lives, _held = os.pipe2(os.O_CLOEXEC)
 lock = os.open(sys.argv[1] + "/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
 request = StartRequest(AttemptKey("run", 0, 1, "beef"), 1, ("sleep", "60"), {"BATON_TEST": sys.argv[1]})

@@ -25,6 +25,7 @@ from control_plane.core.events import AttemptsPlaced
 from control_plane.core.model import Outcome, RetryPolicy
 from control_plane.meter import NAMESPACES, OTHER, Meter
 from control_plane.observing import Observing
+from tests.contract.executor_worlds import end_guards, guards_under
 from tests.integration.fake_clusters import CLOCK, FakeCluster, fake_cluster
 from tests.integration.replicas import Rig, rig, until
 from tests.integration.test_trace import get, graph, receiver
@@ -176,6 +177,7 @@ async def test_an_agent_without_a_session_says_so(tmp_path: Path) -> None:
     finally:
         process.terminate()
         await process.wait()
+        await end_guards(guards_under(tmp_path), CLOCK)
 
 
 async def nothing(path: str) -> None:

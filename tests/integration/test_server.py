@@ -33,6 +33,7 @@ from control_plane.store.memory import MemoryEtcd, MemoryStore
 from control_plane.tls import Reloader
 from lab.etcd_server import EtcdServer
 from tests.certificates import Authority
+from tests.contract.executor_worlds import end_guards, guards_under
 from tests.integration.replicas import CLOCK, rig, spec, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -387,4 +388,7 @@ async def test_a_run_is_carried_out_by_an_agent_and_its_output_is_read_live_and_
                 assert again == b"two\n"
         finally:
             agent.terminate()
-            assert await asyncio.to_thread(agent.wait, 30) == 0
+            try:
+                assert await asyncio.to_thread(agent.wait, 30) == 0
+            finally:
+                await end_guards(guards_under(tmp_path), CLOCK)

@@ -111,16 +111,33 @@ def test_renewing_the_old_generation_no_longer_serves_an_adopted_attempt() -> No
 
 
 def test_kill_falls_on_the_deadline_and_term_one_grace_period_earlier() -> None:
-    made = leases(stop_at=8.0, grace_seconds=3.0)
-    assert made.due(5.0) == [Order("a", Action.TERM, Reason.DEADLINE)]
+    """D1."""
+    made = leases(stop_at=8.0, grace_seconds=2.0)
+    assert made.due(5.999) == []
+    assert made.due(6.0) == [Order("a", Action.TERM, Reason.DEADLINE)]
     assert made.due(7.999) == []
     assert made.due(8.0) == [Order("a", Action.KILL, Reason.DEADLINE)]
 
 
-def test_a_timeout_counts_from_the_start_and_its_term_not_from_before_it() -> None:
+def test_d1_a_short_deadline_leaves_three_quarters_of_its_time_before_term() -> None:
+    made = leases(stop_at=2.0, grace_seconds=3.0)
+    assert made.due(1.499) == []
+    assert made.due(1.5) == [Order("a", Action.TERM, Reason.DEADLINE)]
+    assert made.due(2.0) == [Order("a", Action.KILL, Reason.DEADLINE)]
+
+
+def test_a_timeout_is_time_to_work_and_its_grace_comes_after_it() -> None:
     made = leases(timeout_seconds=2.0, grace_seconds=3.0)
-    assert made.due(0.0) == [Order("a", Action.TERM, Reason.TIMEOUT)]
-    assert made.due(2.0) == [Order("a", Action.KILL, Reason.TIMEOUT)]
+    assert made.due(1.999) == []
+    assert made.due(2.0) == [Order("a", Action.TERM, Reason.TIMEOUT)]
+    assert made.due(4.999) == []
+    assert made.due(5.0) == [Order("a", Action.KILL, Reason.TIMEOUT)]
+
+
+def test_d1_the_grace_of_a_timeout_never_outlasts_the_deadline() -> None:
+    made = leases(timeout_seconds=2.0, stop_at=4.0, grace_seconds=3.0)
+    assert made.due(2.0) == [Order("a", Action.TERM, Reason.TIMEOUT)]
+    assert made.due(4.0) == [Order("a", Action.KILL, Reason.TIMEOUT)]
 
 
 def test_the_first_term_names_the_reason_and_the_earliest_kill_counts() -> None:

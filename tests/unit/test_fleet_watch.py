@@ -148,6 +148,35 @@ def test_s4_a_session_that_never_beat_is_lost_too() -> None:
     story(play)
 
 
+def test_s4_s7_a_generation_that_never_beat_is_a_known_death_and_one_that_beat_is_not() -> None:
+    async def play(world: World) -> None:
+        await world.open("eu")
+        await world.beat("eu")
+        await world.open("fake")
+        await world.until_lost()
+        await world.clock.sleep(3 * POLL_INTERVAL)
+        told = {command.cluster: command for command in world.lost()}
+        assert (told["u-eu"].begun, told["u-fake"].begun) == (True, False)
+        assert told["u-eu"].idle == {"u-fake"}
+        table = world.fleet.table().clusters
+        assert table["u-eu"].generations[-1].evidence is Evidence.TIMED
+        assert table["u-fake"].generations[-1].evidence is Evidence.REPORTED
+
+    story(play)
+
+
+def test_s4_a_heartbeat_of_an_earlier_generation_is_none_of_this_one() -> None:
+    async def play(world: World) -> None:
+        await world.open()
+        await world.beat(generation=1)
+        await world.clock.sleep(1.0)
+        await world.open(boot_id="b2")
+        await world.until_lost()
+        assert [command.begun for command in world.lost()] == [False]
+
+    story(play)
+
+
 def test_s4_one_failed_poll_starts_l_anew_so_nobody_is_lost_without_a_store() -> None:
     async def play(world: World) -> None:
         await world.open()
@@ -387,6 +416,8 @@ def test_s5_opening_and_loss_reach_the_session_key_and_the_table_in_their_own_tr
         assert await controller.take(FLEET)
         hello = OpenSession("eu", "u", "i", "b1", "j1", "r1", "fast", L, G, orphan_killer=True)
         await controller.submit(FLEET, hello, timeout=5.0)
+        beat = agent_pb2.Heartbeat(seq=1, generation=1).SerializeToString()
+        await store.txn(Txn([], [Put(keys.session_beat("u"), beat)]), timeout=1.0)
         await clock.sleep(1.0)
         assert view.sessions["u"] == SessionInfo(1, "r1", ended=False)
         await clock.sleep(L + 1.0)

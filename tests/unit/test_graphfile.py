@@ -301,3 +301,22 @@ def test_amounts() -> None:
 @given(st.floats(0, 1e7))
 def test_spans_are_short(seconds: float) -> None:
     assert len(quantity.format_seconds(seconds)) <= 8
+
+
+def test_a_bad_name_does_not_hide_the_graphs_own_mistakes() -> None:
+    text = tasks("- {id: a, argv: [echo], after: [b]}").replace("kind: Graph\n", "kind: Graph\nmetadata: {name: A B}\n")
+    assert [problem.field for problem in problems(text)] == ["metadata.name", "spec.tasks[0].after[0]"]
+
+
+def test_a_file_that_is_no_graph_is_not_told_back_to_who_named_it() -> None:
+    """A wrong path may name a file of secrets: three unknown fields of 40 characters are told, no whole line."""
+    lines = [f"user{number}-{'x' * 100}: secret\n" for number in range(9)]
+    found = problems("".join(lines))
+    unknown = [problem for problem in found if problem.what == "is not a known field"]
+    assert [problem.field for problem in unknown] == [f"user{number}-{'x' * 34}..." for number in range(3)]
+    assert [(problem.line, problem.what) for problem in found if "more" in problem.what] == [
+        (4, "and 6 more unknown fields")
+    ]
+    assert "secret" not in "".join(map(str, found))
+    for text in ("root:hash:19000:0:99999:7:::\nbin:hash:19000:0:99999:7:::\n", "hash of a password\n"):
+        assert "hash" not in "".join(map(str, problems(text)))

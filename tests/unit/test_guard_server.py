@@ -12,7 +12,7 @@ import pytest
 
 from cluster_agent.executors.base import Features
 from cluster_agent.guard import host, isolation
-from cluster_agent.guard.cgroups import Groups
+from cluster_agent.guard.cgroups import RECORD, Groups
 from cluster_agent.guard.ledger import Ledger
 from cluster_agent.guard.places import Places
 from cluster_agent.guard.protocol import KEEPERS, Frames
@@ -22,7 +22,11 @@ from cluster_agent.guard.workload import Spawner
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    ledger, places, groups = Ledger(tmp_path, host.boot_id()), Places(tmp_path), Groups("test", wanted=False)
+    ledger, places, groups = (
+        Ledger(tmp_path, host.boot_id()),
+        Places(tmp_path),
+        Groups("test", tmp_path / RECORD, wanted=False),
+    )
     keepers = os.open(tmp_path / KEEPERS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     spawner = Spawner(places, groups, isolation.SCAN, keepers, keepers)
     made = Server(tmp_path, ledger, places, spawner, Features(False, False, ""), 0)

@@ -126,8 +126,8 @@ class Shard:
         assert self.do(command) == uid
         return uid
 
-    def cancel(self, uid: str = "r1") -> None:
-        self.do(CancelRun(NO_REQUEST, "ns", f"run-{uid}", "enough"))
+    def cancel(self, uid: str = "r1", reason: str = "enough") -> None:
+        self.do(CancelRun(NO_REQUEST, "ns", f"run-{uid}", reason))
 
     def run(self, uid: str = "r1") -> RunView:
         view = self.machine.run_by_uid(uid)

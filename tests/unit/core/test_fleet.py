@@ -290,6 +290,49 @@ def test_s7_known_deaths_do_not_count(told: Told) -> None:
     assert storm_of(told) == 0
 
 
+def never_begun(name: str, generation: int = 1, *idle: str) -> LoseCluster:
+    idling = frozenset(f"u-{each}" for each in idle)
+    return LoseCluster(f"u-{name}", generation, Evidence.TIMED, "no heartbeat at all", begun=False, idle=idling)
+
+
+def test_s7_generations_without_any_heartbeat_stir_no_storm(told: Told) -> None:
+    for name in ("a", "b", "c", "fake1", "fake2", "fake3"):
+        told.open(name)
+    told(never_begun("fake1"), never_begun("fake2"), never_begun("fake3"))
+    assert storm_of(told) == 0
+    assert told.generations("fake1")[-1].evidence is Evidence.REPORTED
+    told.open("fake1")
+    told(never_begun("fake1", 2))
+    told.lose("a")
+    assert storm_of(told) == 0, "one real loss is one loss"
+
+
+def test_s7_who_lives_without_a_heartbeat_does_not_water_a_storm_down(told: Told) -> None:
+    fakes = [f"fake{n}" for n in range(9)]
+    for name in ("a", "b", "c", *fakes):
+        told.open(name)
+    idle = frozenset(f"u-{each}" for each in fakes)
+    lost = [LoseCluster(f"u-{name}", 1, Evidence.TIMED, "no heartbeat", idle=idle) for name in ("a", "b")]
+    told(*lost)
+    assert storm_of(told) == 1040.0
+
+
+def test_s6_work_adopted_into_a_generation_without_a_heartbeat_may_still_run(told: Told) -> None:
+    """F6, F7: what an earlier generation left behind without proof of death may have been adopted; nothing proves its end."""
+    told.open()
+    told.lose(evidence=Evidence.TIMED)
+    told.open()
+    told(never_begun("eu", 2))
+    told.open()
+    told(never_begun("eu", 3))
+    assert [g.evidence for g in told.generations()] == [Evidence.TIMED] * 3
+    rebooted = Told()
+    rebooted.open()
+    rebooted.open(boot_id="boot2")
+    rebooted(never_begun("eu", 2))
+    assert [g.evidence for g in rebooted.generations()] == [Evidence.REPORTED] * 2
+
+
 def test_s7_a_cluster_that_came_back_and_went_again_is_one_cluster(told: Told) -> None:
     for name in "abc":
         told.open(name)

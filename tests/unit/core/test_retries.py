@@ -113,6 +113,13 @@ def test_a_cancelled_run_retries_nothing() -> None:
     assert shard.task().state is TaskState.CANCELLED
 
 
+@pytest.mark.parametrize(("why", "told"), [("enough", "cancelled: enough"), ("", "cancelled")])
+def test_a_cancelled_task_tells_the_reason_if_there_is_one(why: str, told: str) -> None:
+    shard = placed(APPLICATION)
+    shard.cancel(reason=why)
+    assert shard.task().reason == told
+
+
 @pytest.mark.parametrize("snapshot", [False, True])
 def test_j2_a_batch_cut_off_before_its_retry_goes_on_after_a_takeover(snapshot: bool) -> None:
     shard = placed(APPLICATION)
