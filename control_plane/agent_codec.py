@@ -117,7 +117,6 @@ class DispatchWriter:
     """Builds one Dispatches message, sharing templates."""
 
     def __init__(self, shard: OwnedShard, generation: int) -> None:
-        self._shard = shard
         self._message = pb.Dispatches(**header(shard), generation=generation)
         self._templates: dict[tuple[int, bool], int] = {}
         self._codes: set[str] = set()

@@ -83,11 +83,8 @@ class Link:
 class Dispatcher:
     """Links of all run shards this replica owns. A `controller.Listener`."""
 
-    def __init__(
-        self, controller: Controller, router: Router, calls: Calls, view: View, clock: Clock, federation: str
-    ) -> None:
+    def __init__(self, controller: Controller, router: Router, calls: Calls, view: View, clock: Clock) -> None:
         self._controller, self._router, self._view, self._clock = controller, router, view, clock
-        self._federation = federation
         self._links: dict[tuple[str, str], Link] = {}
         self._reports: dict[tuple[str, str], asyncio.Queue[peer.FromCluster]] = {}
         self._workers: dict[tuple[str, str], asyncio.Task[None]] = {}

@@ -211,7 +211,7 @@ class Replica:
         )
         sessions = SessionsConfig(self.federation.uid, _leases, self._check_marks)
         self.sessions = Sessions(store, clock, entropy, router, view, sessions)
-        self.dispatcher = Dispatcher(controller, router, calls, view, clock, self.federation.uid)
+        self.dispatcher = Dispatcher(controller, router, calls, view, clock)
         self._placement = Placement(clock, controller, view, router, pending=self.dispatcher.pending)
         self._fleet_watch = FleetWatch(store, clock, controller)
         self._guard_wait = GuardWait(clock, controller, view)

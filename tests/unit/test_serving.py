@@ -134,7 +134,7 @@ class Node(Replica):
         federation = detector.federation_uid = self.controller.restore.federation_uid
         config = SessionsConfig(federation, self.profiles.__getitem__, detector.check_marks)
         self.sessions = Sessions(self.store, self.clock, self.entropy, self.router, self.view, config)
-        self.dispatcher = Dispatcher(self.controller, self.router, self.calls, self.view, self.clock, federation)
+        self.dispatcher = Dispatcher(self.controller, self.router, self.calls, self.view, self.clock)
         self.controller.listen(self.dispatcher)
         self.router.on_from_cluster(self.dispatcher.receive)
         FleetCalls(self.controller, self.calls)
