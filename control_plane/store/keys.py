@@ -23,18 +23,11 @@ from __future__ import annotations
 
 import re
 
-RUN_SHARD_COUNT = 32
+from control_plane.core.model import ALL_SHARDS, RUN_SHARDS
+
+RUN_SHARD_COUNT = len(RUN_SHARDS)
 """Fixed at creation (PROTOCOL O1). With `fleet` a transaction over all shards makes 2*33+2 = 68 compares, under etcd's
 128; a larger number would not fit one transaction, a smaller one spreads worse over replicas."""
-
-FLEET = "fleet"
-"""The shard that is the single writer of clusters, generations and verdicts (PROTOCOL O6)."""
-
-RUN_SHARDS: tuple[str, ...] = tuple(f"{n:02}" for n in range(RUN_SHARD_COUNT))
-"""Ids of the shards that hold runs."""
-
-ALL_SHARDS: tuple[str, ...] = (*RUN_SHARDS, FLEET)
-"""Every shard id."""
 
 MAX_SEQ = 10**16 - 1
 """Sixteen digits: at 1,000 batches a second they last 300,000 years."""

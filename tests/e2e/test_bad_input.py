@@ -30,8 +30,9 @@ from baton.v1 import (
     run_pb2,
     run_pb2_grpc,
 )
+from control_plane.core.model import FLEET
 from control_plane.store.etcd import EtcdStore
-from control_plane.store.keys import FLEET, SHARDS_PREFIX
+from control_plane.store.keys import SHARDS_PREFIX
 from tests.e2e.federation import CLOCK, Fed, federation
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from control_plane.batches import seal
+from control_plane.core.model import ALL_SHARDS
 from control_plane.journal import (
     COMMIT_TIMEOUT,
     Entry,
@@ -69,7 +70,7 @@ class Bench:
 
 
 def test_j4_the_transaction_of_all_shards_fits_etcd() -> None:
-    txn = transaction([entry(shard) for shard in keys.ALL_SHARDS])
+    txn = transaction([entry(shard) for shard in ALL_SHARDS])
     assert len(txn.compares) == 2 * 33 + 2
     assert len(txn.success) == 2 * 33
     assert max(len(txn.compares), len(txn.success), len(txn.failure)) <= MAX_TXN_OPS

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from control_plane.core.model import ALL_SHARDS, FLEET
 from control_plane.store import keys
 
-shards = st.sampled_from(keys.ALL_SHARDS)
+shards = st.sampled_from(ALL_SHARDS)
 seqs = st.integers(0, keys.MAX_SEQ)
 chunks = st.integers(0, keys.MAX_CHUNK)
 names = st.from_regex(r"[A-Za-z0-9_.\-]{1,40}", fullmatch=True)
@@ -29,14 +30,14 @@ PARSERS = (
 def test_the_layout() -> None:
     assert keys.shard_id(7) == "07"
     assert keys.owner("07") == "shards/07/owner"
-    assert keys.head(keys.FLEET) == "shards/fleet/head"
+    assert keys.head(FLEET) == "shards/fleet/head"
     assert keys.log("31", 12) == "shards/31/log/0000000000000012"
     assert keys.snapshot_manifest("00") == "shards/00/snapshot/manifest"
     assert keys.snapshot_chunk("00", 12, 3) == "shards/00/snapshot/0000000000000012/000003"
     assert keys.member("replica-1") == "members/replica-1"
     assert keys.session_owner("c1") == "sessions/c1/owner"
     assert keys.session_beat("c1") == "sessions/c1/beat"
-    assert len(keys.ALL_SHARDS) == keys.RUN_SHARD_COUNT + 1 == 33
+    assert len(ALL_SHARDS) == keys.RUN_SHARD_COUNT + 1 == 33
 
 
 @given(shards, seqs, chunks)
