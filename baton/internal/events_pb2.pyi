@@ -959,6 +959,112 @@ class AttemptsFinished(_message.Message):
 Global___AttemptsFinished: _TypeAlias = AttemptsFinished  # noqa: Y015
 
 @_typing.final
+class ArtifactsPublished(_message.Message):
+    """Artifacts of attempts whose success the same batch accepts; before the AttemptsFinished that does. The artifact named
+    `result` is the task's result.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
+    NS_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """Uid of the run."""
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Dense indices of the tasks; column with `ns`, one entry per artifact."""
+
+    @_builtins.property
+    def ns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Attempt numbers; column with `tasks`."""
+
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names; column with `tasks`."""
+
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Bytes of content; column with `tasks`."""
+
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Sha-256 of the manifests; column with `tasks`."""
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        tasks: _abc.Iterable[_builtins.int] | None = ...,
+        ns: _abc.Iterable[_builtins.int] | None = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        sizes: _abc.Iterable[_builtins.int] | None = ...,
+        digests: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "names", b"names", "ns", b"ns", "run", b"run", "sizes", b"sizes", "tasks", b"tasks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArtifactsPublished: _TypeAlias = ArtifactsPublished  # noqa: Y015
+
+@_typing.final
+class CheckpointsCommitted(_message.Message):
+    """Checkpoints of live attempts: the task's next attempt starts from the last one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
+    NS_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """Uid of the run."""
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Dense indices of the tasks; column with `ns`."""
+
+    @_builtins.property
+    def ns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Attempt numbers; column with `tasks`."""
+
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names, `checkpoint-K`; column with `tasks`."""
+
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Bytes of content; column with `tasks`."""
+
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Sha-256 of the manifests; column with `tasks`."""
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        tasks: _abc.Iterable[_builtins.int] | None = ...,
+        ns: _abc.Iterable[_builtins.int] | None = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        sizes: _abc.Iterable[_builtins.int] | None = ...,
+        digests: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "names", b"names", "ns", b"ns", "run", b"run", "sizes", b"sizes", "tasks", b"tasks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointsCommitted: _TypeAlias = CheckpointsCommitted  # noqa: Y015
+
+@_typing.final
 class AttemptsRejected(_message.Message):
     """The agent had no room; members leave, no budget is charged (PROTOCOL C3)."""
 
@@ -1622,6 +1728,8 @@ class Event(_message.Message):
     HEALTH_CHANGED_FIELD_NUMBER: _builtins.int
     ADMISSION_SET_FIELD_NUMBER: _builtins.int
     STORM_HELD_FIELD_NUMBER: _builtins.int
+    ARTIFACTS_PUBLISHED_FIELD_NUMBER: _builtins.int
+    CHECKPOINTS_COMMITTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def request_recorded(self) -> Global___RequestRecorded:
         """See RequestRecorded."""
@@ -1734,6 +1842,14 @@ class Event(_message.Message):
     def storm_held(self) -> Global___StormHeld:
         """See StormHeld."""
 
+    @_builtins.property
+    def artifacts_published(self) -> Global___ArtifactsPublished:
+        """Artifacts that became visible."""
+
+    @_builtins.property
+    def checkpoints_committed(self) -> Global___CheckpointsCommitted:
+        """Checkpoints that the next attempt starts from."""
+
     def __init__(
         self,
         *,
@@ -1765,12 +1881,14 @@ class Event(_message.Message):
         health_changed: Global___HealthChanged | None = ...,
         admission_set: Global___AdmissionSet | None = ...,
         storm_held: Global___StormHeld | None = ...,
+        artifacts_published: Global___ArtifactsPublished | None = ...,
+        checkpoints_committed: Global___CheckpointsCommitted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admission_set", b"admission_set", "attempts_adopted", b"attempts_adopted", "attempts_finished", b"attempts_finished", "attempts_lost", b"attempts_lost", "attempts_placed", b"attempts_placed", "attempts_rejected", b"attempts_rejected", "attempts_started", b"attempts_started", "cluster_added", b"cluster_added", "cluster_lost", b"cluster_lost", "graph_put", b"graph_put", "health_changed", b"health_changed", "kind", b"kind", "namespace_put", b"namespace_put", "request_recorded", b"request_recorded", "requests_pruned", b"requests_pruned", "results_refused", b"results_refused", "retries_set", b"retries_set", "run_archived", b"run_archived", "run_cancel_requested", b"run_cancel_requested", "run_created", b"run_created", "run_finished", b"run_finished", "run_image", b"run_image", "run_sealed", b"run_sealed", "session_opened", b"session_opened", "stops_confirmed", b"stops_confirmed", "stops_ordered", b"stops_ordered", "storm_held", b"storm_held", "tasks_added", b"tasks_added", "tasks_ended", b"tasks_ended"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admission_set", b"admission_set", "artifacts_published", b"artifacts_published", "attempts_adopted", b"attempts_adopted", "attempts_finished", b"attempts_finished", "attempts_lost", b"attempts_lost", "attempts_placed", b"attempts_placed", "attempts_rejected", b"attempts_rejected", "attempts_started", b"attempts_started", "checkpoints_committed", b"checkpoints_committed", "cluster_added", b"cluster_added", "cluster_lost", b"cluster_lost", "graph_put", b"graph_put", "health_changed", b"health_changed", "kind", b"kind", "namespace_put", b"namespace_put", "request_recorded", b"request_recorded", "requests_pruned", b"requests_pruned", "results_refused", b"results_refused", "retries_set", b"retries_set", "run_archived", b"run_archived", "run_cancel_requested", b"run_cancel_requested", "run_created", b"run_created", "run_finished", b"run_finished", "run_image", b"run_image", "run_sealed", b"run_sealed", "session_opened", b"session_opened", "stops_confirmed", b"stops_confirmed", "stops_ordered", b"stops_ordered", "storm_held", b"storm_held", "tasks_added", b"tasks_added", "tasks_ended", b"tasks_ended"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission_set", b"admission_set", "attempts_adopted", b"attempts_adopted", "attempts_finished", b"attempts_finished", "attempts_lost", b"attempts_lost", "attempts_placed", b"attempts_placed", "attempts_rejected", b"attempts_rejected", "attempts_started", b"attempts_started", "cluster_added", b"cluster_added", "cluster_lost", b"cluster_lost", "graph_put", b"graph_put", "health_changed", b"health_changed", "kind", b"kind", "namespace_put", b"namespace_put", "request_recorded", b"request_recorded", "requests_pruned", b"requests_pruned", "results_refused", b"results_refused", "retries_set", b"retries_set", "run_archived", b"run_archived", "run_cancel_requested", b"run_cancel_requested", "run_created", b"run_created", "run_finished", b"run_finished", "run_image", b"run_image", "run_sealed", b"run_sealed", "session_opened", b"session_opened", "stops_confirmed", b"stops_confirmed", "stops_ordered", b"stops_ordered", "storm_held", b"storm_held", "tasks_added", b"tasks_added", "tasks_ended", b"tasks_ended"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission_set", b"admission_set", "artifacts_published", b"artifacts_published", "attempts_adopted", b"attempts_adopted", "attempts_finished", b"attempts_finished", "attempts_lost", b"attempts_lost", "attempts_placed", b"attempts_placed", "attempts_rejected", b"attempts_rejected", "attempts_started", b"attempts_started", "checkpoints_committed", b"checkpoints_committed", "cluster_added", b"cluster_added", "cluster_lost", b"cluster_lost", "graph_put", b"graph_put", "health_changed", b"health_changed", "kind", b"kind", "namespace_put", b"namespace_put", "request_recorded", b"request_recorded", "requests_pruned", b"requests_pruned", "results_refused", b"results_refused", "retries_set", b"retries_set", "run_archived", b"run_archived", "run_cancel_requested", b"run_cancel_requested", "run_created", b"run_created", "run_finished", b"run_finished", "run_image", b"run_image", "run_sealed", b"run_sealed", "session_opened", b"session_opened", "stops_confirmed", b"stops_confirmed", "stops_ordered", b"stops_ordered", "storm_held", b"storm_held", "tasks_added", b"tasks_added", "tasks_ended", b"tasks_ended"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["request_recorded", "requests_pruned", "namespace_put", "graph_put", "run_created", "tasks_added", "run_sealed", "attempts_placed", "attempts_started", "attempts_finished", "attempts_rejected", "attempts_lost", "attempts_adopted", "stops_ordered", "stops_confirmed", "results_refused", "retries_set", "tasks_ended", "run_cancel_requested", "run_finished", "run_archived", "run_image", "cluster_added", "session_opened", "cluster_lost", "health_changed", "admission_set", "storm_held"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["request_recorded", "requests_pruned", "namespace_put", "graph_put", "run_created", "tasks_added", "run_sealed", "attempts_placed", "attempts_started", "attempts_finished", "attempts_rejected", "attempts_lost", "attempts_adopted", "stops_ordered", "stops_confirmed", "results_refused", "retries_set", "tasks_ended", "run_cancel_requested", "run_finished", "run_archived", "run_image", "cluster_added", "session_opened", "cluster_lost", "health_changed", "admission_set", "storm_held", "artifacts_published", "checkpoints_committed"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

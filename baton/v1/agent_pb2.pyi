@@ -140,6 +140,80 @@ class AttemptRef(_message.Message):
 Global___AttemptRef: _TypeAlias = AttemptRef  # noqa: Y015
 
 @_typing.final
+class ArtifactRef(_message.Message):
+    """A file that an attempt made, as the attempt's report names it. Where it lies follows from the attempt, never from the ref:
+    {namespace}/{run uid}/{task}/{n}-{nonce}-{cluster uid}/{name}. So no attempt can overwrite or claim another's (PROTOCOL F1).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """[A-Za-z0-9][A-Za-z0-9._-]{0,127}. `result` is the task's result as JSON; `checkpoint-K` its K-th checkpoint."""
+    size: _builtins.int
+    """Bytes of the content."""
+    digest: _builtins.bytes
+    """Sha-256 of the manifest, which names the sha-256 of every chunk."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        size: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArtifactRef: _TypeAlias = ArtifactRef  # noqa: Y015
+
+@_typing.final
+class ArtifactSource(_message.Message):
+    """An artifact and the attempt that made it: all that is needed to read it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    CLUSTER_UID_FIELD_NUMBER: _builtins.int
+    ARTIFACT_FIELD_NUMBER: _builtins.int
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace of the run."""
+    cluster_uid: _builtins.str
+    """Uid of the cluster that ran it."""
+    task_id: _builtins.str
+    """Id of the task that made it."""
+    @_builtins.property
+    def attempt(self) -> Global___AttemptRef:
+        """The attempt."""
+
+    @_builtins.property
+    def artifact(self) -> Global___ArtifactRef:
+        """Which of its artifacts."""
+
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        attempt: Global___AttemptRef | None = ...,
+        cluster_uid: _builtins.str = ...,
+        artifact: Global___ArtifactRef | None = ...,
+        task_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "attempt", b"attempt", "cluster_uid", b"cluster_uid", "namespace", b"namespace", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArtifactSource: _TypeAlias = ArtifactSource  # noqa: Y015
+
+@_typing.final
 class ShardMark(_message.Message):
     """What a holder knows of a shard's log (PROTOCOL J12): the highest seq it was told, and the nonce of the batch at it."""
 
@@ -647,6 +721,8 @@ class Dispatch(_message.Message):
     DEADLINE_WALL_MS_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    ARTIFACTS_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     template: _builtins.int
     """Index into templates."""
     task_id: _builtins.str
@@ -665,6 +741,16 @@ class Dispatch(_message.Message):
     def attempt(self) -> Global___AttemptRef:
         """Which."""
 
+    @_builtins.property
+    def artifacts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArtifactSource]:
+        """Artifacts that its parents published: there before the workload starts. The one named `result` stands for the parent's
+        result, which is then absent from `inputs`.
+        """
+
+    @_builtins.property
+    def checkpoint(self) -> Global___ArtifactSource:
+        """The last checkpoint that an earlier attempt of the task committed: there before the workload starts."""
+
     def __init__(
         self,
         *,
@@ -676,10 +762,12 @@ class Dispatch(_message.Message):
         deadline_wall_ms: _builtins.int = ...,
         inputs: _builtins.bytes = ...,
         traceparent: _builtins.str = ...,
+        artifacts: _abc.Iterable[Global___ArtifactSource] | None = ...,
+        checkpoint: Global___ArtifactSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint", b"checkpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline_wall_ms", b"deadline_wall_ms", "fence", b"fence", "inputs", b"inputs", "run", b"run", "task_id", b"task_id", "template", b"template", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "attempt", b"attempt", "checkpoint", b"checkpoint", "deadline_wall_ms", b"deadline_wall_ms", "fence", b"fence", "inputs", b"inputs", "run", b"run", "task_id", b"task_id", "template", b"template", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -839,6 +927,7 @@ class ReportAcks(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
     shard: _builtins.str
     """The shard."""
     @_builtins.property
@@ -853,6 +942,10 @@ class ReportAcks(_message.Message):
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttemptRef]:
         """Finished, rejected or stopped attempts whose report is settled."""
 
+    @_builtins.property
+    def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckpointReport]:
+        """Checkpoints that are settled: committed, or refused because the attempt is not live."""
+
     def __init__(
         self,
         *,
@@ -860,10 +953,11 @@ class ReportAcks(_message.Message):
         epoch: Global___ShardEpoch | None = ...,
         mark: Global___ShardMark | None = ...,
         attempts: _abc.Iterable[Global___AttemptRef] | None = ...,
+        checkpoints: _abc.Iterable[Global___CheckpointReport] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "mark", b"mark"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "epoch", b"epoch", "mark", b"mark", "shard", b"shard"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "checkpoints", b"checkpoints", "epoch", b"epoch", "mark", b"mark", "shard", b"shard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -911,6 +1005,7 @@ class FinishedReport(_message.Message):
     START_WALL_MS_FIELD_NUMBER: _builtins.int
     END_WALL_MS_FIELD_NUMBER: _builtins.int
     LATE_FIELD_NUMBER: _builtins.int
+    ARTIFACTS_FIELD_NUMBER: _builtins.int
     outcome: Global___Outcome.ValueType
     """How."""
     exit_code: _builtins.int
@@ -929,6 +1024,10 @@ class FinishedReport(_message.Message):
     def attempt(self) -> Global___AttemptRef:
         """Which."""
 
+    @_builtins.property
+    def artifacts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArtifactRef]:
+        """What it made, stored already; published if this report is accepted. At most 64."""
+
     def __init__(
         self,
         *,
@@ -940,16 +1039,47 @@ class FinishedReport(_message.Message):
         start_wall_ms: _builtins.int = ...,
         end_wall_ms: _builtins.int = ...,
         late: _builtins.bool = ...,
+        artifacts: _abc.Iterable[Global___ArtifactRef] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "attempt", b"attempt", "exit_code", b"exit_code"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "attempt", b"attempt", "end_wall_ms", b"end_wall_ms", "exit_code", b"exit_code", "late", b"late", "message", b"message", "outcome", b"outcome", "result", b"result", "start_wall_ms", b"start_wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "artifacts", b"artifacts", "attempt", b"attempt", "end_wall_ms", b"end_wall_ms", "exit_code", b"exit_code", "late", b"late", "message", b"message", "outcome", b"outcome", "result", b"result", "start_wall_ms", b"start_wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
 
 Global___FinishedReport: _TypeAlias = FinishedReport  # noqa: Y015
+
+@_typing.final
+class CheckpointReport(_message.Message):
+    """The newest checkpoint of a running attempt, stored already; sent again until acknowledged."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    ARTIFACT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def attempt(self) -> Global___AttemptRef:
+        """Which."""
+
+    @_builtins.property
+    def artifact(self) -> Global___ArtifactRef:
+        """Its file, named `checkpoint-K`; a higher K replaces a lower one."""
+
+    def __init__(
+        self,
+        *,
+        attempt: Global___AttemptRef | None = ...,
+        artifact: Global___ArtifactRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "attempt", b"attempt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "attempt", b"attempt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointReport: _TypeAlias = CheckpointReport  # noqa: Y015
 
 @_typing.final
 class RejectedReport(_message.Message):
@@ -991,6 +1121,7 @@ class Reports(_message.Message):
     FINISHED_FIELD_NUMBER: _builtins.int
     REJECTED_FIELD_NUMBER: _builtins.int
     STOPPED_FIELD_NUMBER: _builtins.int
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
     shard: _builtins.str
     """The shard."""
     generation: _builtins.int
@@ -1011,6 +1142,10 @@ class Reports(_message.Message):
     def stopped(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttemptRef]:
         """Attempts tombstoned with no process and no spawn pending (PROTOCOL F8)."""
 
+    @_builtins.property
+    def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckpointReport]:
+        """Checkpoints of attempts that run."""
+
     def __init__(
         self,
         *,
@@ -1020,10 +1155,11 @@ class Reports(_message.Message):
         finished: _abc.Iterable[Global___FinishedReport] | None = ...,
         rejected: _abc.Iterable[Global___RejectedReport] | None = ...,
         stopped: _abc.Iterable[Global___AttemptRef] | None = ...,
+        checkpoints: _abc.Iterable[Global___CheckpointReport] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "generation", b"generation", "rejected", b"rejected", "shard", b"shard", "started", b"started", "stopped", b"stopped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "finished", b"finished", "generation", b"generation", "rejected", b"rejected", "shard", b"shard", "started", b"started", "stopped", b"stopped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/graph.proto\x12\x08\x62\x61ton.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc2\x01\n\tResources\x12\x12\n\ncpu_millis\x18\x01 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x03 \x01(\x03\x12\x11\n\tprocesses\x18\x04 \x01(\x03\x12\x33\n\x08\x65xtended\x18\x05 \x03(\x0b\x32!.baton.v1.Resources.ExtendedEntry\x1a/\n\rExtendedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xc6\x01\n\x0bRetryPolicy\x12\x14\n\x0cmax_attempts\x18\x01 \x01(\x05\x12\x32\n\x0finitial_backoff\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0bmax_backoff\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12\x62\x61\x63koff_multiplier\x18\x04 \x01(\x01\x12!\n\x19max_infrastructure_losses\x18\x05 \x01(\x05\"t\n\x0bProcessTask\x12\x0c\n\x04\x61rgv\x18\x01 \x03(\t\x12+\n\x03\x65nv\x18\x02 \x03(\x0b\x32\x1e.baton.v1.ProcessTask.EnvEntry\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"U\n\nPythonTask\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x11\n\targs_json\x18\x02 \x01(\t\x12\x14\n\x0crequirements\x18\x03 \x03(\t\x12\x0c\n\x04\x63ode\x18\x04 \x01(\t\"#\n\x04\x43ode\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0b\n\x03zip\x18\x02 \x01(\x0c\"\x90\x05\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07parents\x18\x02 \x03(\t\x12+\n\x0ctrigger_rule\x18\x03 \x01(\x0e\x32\x15.baton.v1.TriggerRule\x12&\n\tresources\x18\x04 \x01(\x0b\x32\x13.baton.v1.Resources\x12\x19\n\x11require_isolation\x18\x05 \x01(\x08\x12=\n\x10\x63luster_selector\x18\x06 \x03(\x0b\x32#.baton.v1.Task.ClusterSelectorEntry\x12\x10\n\x08\x63lusters\x18\x07 \x03(\t\x12\x13\n\x0btolerations\x18\x08 \x03(\t\x12$\n\x05retry\x18\t \x01(\x0b\x32\x15.baton.v1.RetryPolicy\x12*\n\x07timeout\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x0fon_cluster_lost\x18\x0b \x01(\x0e\x32\x17.baton.v1.OnClusterLost\x12\r\n\x05hedge\x18\x0c \x01(\x08\x12\x34\n\x11\x65xpected_duration\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x34\n\x11termination_grace\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x07process\x18\x14 \x01(\x0b\x32\x15.baton.v1.ProcessTaskH\x00\x12&\n\x06python\x18\x15 \x01(\x0b\x32\x14.baton.v1.PythonTaskH\x00\x1a\x36\n\x14\x43lusterSelectorEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x06\n\x04kindJ\x04\x08\x16\x10\x1e\"I\n\tGraphSpec\x12\x1d\n\x05tasks\x18\x01 \x03(\x0b\x32\x0e.baton.v1.Task\x12\x1d\n\x05\x63odes\x18\x02 \x03(\x0b\x32\x0e.baton.v1.Code\"\x8d\x03\n\x05Graph\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12!\n\x04spec\x18\x04 \x01(\x0b\x32\x13.baton.v1.GraphSpec\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\x12+\n\x06labels\x18\x06 \x03(\x0b\x32\x1b.baton.v1.Graph.LabelsEntry\x12\x35\n\x0b\x61nnotations\x18\x07 \x03(\x0b\x32 .baton.v1.Graph.AnnotationsEntry\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd6\x02\n\x0fPutGraphRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x10\n\x08graph_id\x18\x03 \x01(\t\x12!\n\x04spec\x18\x04 \x01(\x0b\x32\x13.baton.v1.GraphSpec\x12\x35\n\x06labels\x18\x05 \x03(\x0b\x32%.baton.v1.PutGraphRequest.LabelsEntry\x12?\n\x0b\x61nnotations\x18\x06 \x03(\x0b\x32*.baton.v1.PutGraphRequest.AnnotationsEntry\x12\x0c\n\x04\x65tag\x18\x07 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"2\n\x10PutGraphResponse\x12\x1e\n\x05graph\x18\x01 \x01(\x0b\x32\x0f.baton.v1.Graph\"0\n\x0fGetGraphRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\"2\n\x10GetGraphResponse\x12\x1e\n\x05graph\x18\x01 \x01(\x0b\x32\x0f.baton.v1.Graph\"M\n\x11ListGraphsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"N\n\x12ListGraphsResponse\x12\x1f\n\x06graphs\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Graph\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\xa1\x01\n\x0bTriggerRule\x12\x1c\n\x18TRIGGER_RULE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aTRIGGER_RULE_ALL_SUCCEEDED\x10\x01\x12\x19\n\x15TRIGGER_RULE_ALL_DONE\x10\x02\x12\x1b\n\x17TRIGGER_RULE_ANY_FAILED\x10\x03\x12\x1c\n\x18TRIGGER_RULE_NONE_FAILED\x10\x04*\x92\x01\n\rOnClusterLost\x12\x1f\n\x1bON_CLUSTER_LOST_UNSPECIFIED\x10\x00\x12%\n!ON_CLUSTER_LOST_RERUN_AFTER_FENCE\x10\x01\x12\x18\n\x14ON_CLUSTER_LOST_WAIT\x10\x02\x12\x1f\n\x1bON_CLUSTER_LOST_NEVER_RERUN\x10\x03\x32\xdd\x01\n\x0cGraphService\x12\x41\n\x08PutGraph\x12\x19.baton.v1.PutGraphRequest\x1a\x1a.baton.v1.PutGraphResponse\x12\x41\n\x08GetGraph\x12\x19.baton.v1.GetGraphRequest\x1a\x1a.baton.v1.GetGraphResponse\x12G\n\nListGraphs\x12\x1b.baton.v1.ListGraphsRequest\x1a\x1c.baton.v1.ListGraphsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/graph.proto\x12\x08\x62\x61ton.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc2\x01\n\tResources\x12\x12\n\ncpu_millis\x18\x01 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x03 \x01(\x03\x12\x11\n\tprocesses\x18\x04 \x01(\x03\x12\x33\n\x08\x65xtended\x18\x05 \x03(\x0b\x32!.baton.v1.Resources.ExtendedEntry\x1a/\n\rExtendedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xc6\x01\n\x0bRetryPolicy\x12\x14\n\x0cmax_attempts\x18\x01 \x01(\x05\x12\x32\n\x0finitial_backoff\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0bmax_backoff\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12\x62\x61\x63koff_multiplier\x18\x04 \x01(\x01\x12!\n\x19max_infrastructure_losses\x18\x05 \x01(\x05\"t\n\x0bProcessTask\x12\x0c\n\x04\x61rgv\x18\x01 \x03(\t\x12+\n\x03\x65nv\x18\x02 \x03(\x0b\x32\x1e.baton.v1.ProcessTask.EnvEntry\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"U\n\nPythonTask\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x11\n\targs_json\x18\x02 \x01(\t\x12\x14\n\x0crequirements\x18\x03 \x03(\t\x12\x0c\n\x04\x63ode\x18\x04 \x01(\t\"3\n\x04\x43ode\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0b\n\x03zip\x18\x02 \x01(\x0c\x12\x0e\n\x06stored\x18\x03 \x01(\x08\"\x90\x05\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07parents\x18\x02 \x03(\t\x12+\n\x0ctrigger_rule\x18\x03 \x01(\x0e\x32\x15.baton.v1.TriggerRule\x12&\n\tresources\x18\x04 \x01(\x0b\x32\x13.baton.v1.Resources\x12\x19\n\x11require_isolation\x18\x05 \x01(\x08\x12=\n\x10\x63luster_selector\x18\x06 \x03(\x0b\x32#.baton.v1.Task.ClusterSelectorEntry\x12\x10\n\x08\x63lusters\x18\x07 \x03(\t\x12\x13\n\x0btolerations\x18\x08 \x03(\t\x12$\n\x05retry\x18\t \x01(\x0b\x32\x15.baton.v1.RetryPolicy\x12*\n\x07timeout\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x0fon_cluster_lost\x18\x0b \x01(\x0e\x32\x17.baton.v1.OnClusterLost\x12\r\n\x05hedge\x18\x0c \x01(\x08\x12\x34\n\x11\x65xpected_duration\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x34\n\x11termination_grace\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x07process\x18\x14 \x01(\x0b\x32\x15.baton.v1.ProcessTaskH\x00\x12&\n\x06python\x18\x15 \x01(\x0b\x32\x14.baton.v1.PythonTaskH\x00\x1a\x36\n\x14\x43lusterSelectorEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x06\n\x04kindJ\x04\x08\x16\x10\x1e\"I\n\tGraphSpec\x12\x1d\n\x05tasks\x18\x01 \x03(\x0b\x32\x0e.baton.v1.Task\x12\x1d\n\x05\x63odes\x18\x02 \x03(\x0b\x32\x0e.baton.v1.Code\"\x8d\x03\n\x05Graph\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12!\n\x04spec\x18\x04 \x01(\x0b\x32\x13.baton.v1.GraphSpec\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\x12+\n\x06labels\x18\x06 \x03(\x0b\x32\x1b.baton.v1.Graph.LabelsEntry\x12\x35\n\x0b\x61nnotations\x18\x07 \x03(\x0b\x32 .baton.v1.Graph.AnnotationsEntry\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd6\x02\n\x0fPutGraphRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x10\n\x08graph_id\x18\x03 \x01(\t\x12!\n\x04spec\x18\x04 \x01(\x0b\x32\x13.baton.v1.GraphSpec\x12\x35\n\x06labels\x18\x05 \x03(\x0b\x32%.baton.v1.PutGraphRequest.LabelsEntry\x12?\n\x0b\x61nnotations\x18\x06 \x03(\x0b\x32*.baton.v1.PutGraphRequest.AnnotationsEntry\x12\x0c\n\x04\x65tag\x18\x07 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"2\n\x10PutGraphResponse\x12\x1e\n\x05graph\x18\x01 \x01(\x0b\x32\x0f.baton.v1.Graph\"0\n\x0fGetGraphRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\"2\n\x10GetGraphResponse\x12\x1e\n\x05graph\x18\x01 \x01(\x0b\x32\x0f.baton.v1.Graph\"M\n\x11ListGraphsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"N\n\x12ListGraphsResponse\x12\x1f\n\x06graphs\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Graph\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\xa1\x01\n\x0bTriggerRule\x12\x1c\n\x18TRIGGER_RULE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aTRIGGER_RULE_ALL_SUCCEEDED\x10\x01\x12\x19\n\x15TRIGGER_RULE_ALL_DONE\x10\x02\x12\x1b\n\x17TRIGGER_RULE_ANY_FAILED\x10\x03\x12\x1c\n\x18TRIGGER_RULE_NONE_FAILED\x10\x04*\x92\x01\n\rOnClusterLost\x12\x1f\n\x1bON_CLUSTER_LOST_UNSPECIFIED\x10\x00\x12%\n!ON_CLUSTER_LOST_RERUN_AFTER_FENCE\x10\x01\x12\x18\n\x14ON_CLUSTER_LOST_WAIT\x10\x02\x12\x1f\n\x1bON_CLUSTER_LOST_NEVER_RERUN\x10\x03\x32\xdd\x01\n\x0cGraphService\x12\x41\n\x08PutGraph\x12\x19.baton.v1.PutGraphRequest\x1a\x1a.baton.v1.PutGraphResponse\x12\x41\n\x08GetGraph\x12\x19.baton.v1.GetGraphRequest\x1a\x1a.baton.v1.GetGraphResponse\x12G\n\nListGraphs\x12\x1b.baton.v1.ListGraphsRequest\x1a\x1c.baton.v1.ListGraphsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,10 +47,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUTGRAPHREQUEST_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_PUTGRAPHREQUEST_ANNOTATIONSENTRY']._loaded_options = None
   _globals['_PUTGRAPHREQUEST_ANNOTATIONSENTRY']._serialized_options = b'8\001'
-  _globals['_TRIGGERRULE']._serialized_start=2532
-  _globals['_TRIGGERRULE']._serialized_end=2693
-  _globals['_ONCLUSTERLOST']._serialized_start=2696
-  _globals['_ONCLUSTERLOST']._serialized_end=2842
+  _globals['_TRIGGERRULE']._serialized_start=2548
+  _globals['_TRIGGERRULE']._serialized_end=2709
+  _globals['_ONCLUSTERLOST']._serialized_start=2712
+  _globals['_ONCLUSTERLOST']._serialized_end=2858
   _globals['_RESOURCES']._serialized_start=100
   _globals['_RESOURCES']._serialized_end=294
   _globals['_RESOURCES_EXTENDEDENTRY']._serialized_start=247
@@ -64,35 +64,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PYTHONTASK']._serialized_start=615
   _globals['_PYTHONTASK']._serialized_end=700
   _globals['_CODE']._serialized_start=702
-  _globals['_CODE']._serialized_end=737
-  _globals['_TASK']._serialized_start=740
-  _globals['_TASK']._serialized_end=1396
-  _globals['_TASK_CLUSTERSELECTORENTRY']._serialized_start=1328
-  _globals['_TASK_CLUSTERSELECTORENTRY']._serialized_end=1382
-  _globals['_GRAPHSPEC']._serialized_start=1398
-  _globals['_GRAPHSPEC']._serialized_end=1471
-  _globals['_GRAPH']._serialized_start=1474
-  _globals['_GRAPH']._serialized_end=1871
-  _globals['_GRAPH_LABELSENTRY']._serialized_start=1774
-  _globals['_GRAPH_LABELSENTRY']._serialized_end=1819
-  _globals['_GRAPH_ANNOTATIONSENTRY']._serialized_start=1821
-  _globals['_GRAPH_ANNOTATIONSENTRY']._serialized_end=1871
-  _globals['_PUTGRAPHREQUEST']._serialized_start=1874
-  _globals['_PUTGRAPHREQUEST']._serialized_end=2216
-  _globals['_PUTGRAPHREQUEST_LABELSENTRY']._serialized_start=1774
-  _globals['_PUTGRAPHREQUEST_LABELSENTRY']._serialized_end=1819
-  _globals['_PUTGRAPHREQUEST_ANNOTATIONSENTRY']._serialized_start=1821
-  _globals['_PUTGRAPHREQUEST_ANNOTATIONSENTRY']._serialized_end=1871
-  _globals['_PUTGRAPHRESPONSE']._serialized_start=2218
-  _globals['_PUTGRAPHRESPONSE']._serialized_end=2268
-  _globals['_GETGRAPHREQUEST']._serialized_start=2270
-  _globals['_GETGRAPHREQUEST']._serialized_end=2318
-  _globals['_GETGRAPHRESPONSE']._serialized_start=2320
-  _globals['_GETGRAPHRESPONSE']._serialized_end=2370
-  _globals['_LISTGRAPHSREQUEST']._serialized_start=2372
-  _globals['_LISTGRAPHSREQUEST']._serialized_end=2449
-  _globals['_LISTGRAPHSRESPONSE']._serialized_start=2451
-  _globals['_LISTGRAPHSRESPONSE']._serialized_end=2529
-  _globals['_GRAPHSERVICE']._serialized_start=2845
-  _globals['_GRAPHSERVICE']._serialized_end=3066
+  _globals['_CODE']._serialized_end=753
+  _globals['_TASK']._serialized_start=756
+  _globals['_TASK']._serialized_end=1412
+  _globals['_TASK_CLUSTERSELECTORENTRY']._serialized_start=1344
+  _globals['_TASK_CLUSTERSELECTORENTRY']._serialized_end=1398
+  _globals['_GRAPHSPEC']._serialized_start=1414
+  _globals['_GRAPHSPEC']._serialized_end=1487
+  _globals['_GRAPH']._serialized_start=1490
+  _globals['_GRAPH']._serialized_end=1887
+  _globals['_GRAPH_LABELSENTRY']._serialized_start=1790
+  _globals['_GRAPH_LABELSENTRY']._serialized_end=1835
+  _globals['_GRAPH_ANNOTATIONSENTRY']._serialized_start=1837
+  _globals['_GRAPH_ANNOTATIONSENTRY']._serialized_end=1887
+  _globals['_PUTGRAPHREQUEST']._serialized_start=1890
+  _globals['_PUTGRAPHREQUEST']._serialized_end=2232
+  _globals['_PUTGRAPHREQUEST_LABELSENTRY']._serialized_start=1790
+  _globals['_PUTGRAPHREQUEST_LABELSENTRY']._serialized_end=1835
+  _globals['_PUTGRAPHREQUEST_ANNOTATIONSENTRY']._serialized_start=1837
+  _globals['_PUTGRAPHREQUEST_ANNOTATIONSENTRY']._serialized_end=1887
+  _globals['_PUTGRAPHRESPONSE']._serialized_start=2234
+  _globals['_PUTGRAPHRESPONSE']._serialized_end=2284
+  _globals['_GETGRAPHREQUEST']._serialized_start=2286
+  _globals['_GETGRAPHREQUEST']._serialized_end=2334
+  _globals['_GETGRAPHRESPONSE']._serialized_start=2336
+  _globals['_GETGRAPHRESPONSE']._serialized_end=2386
+  _globals['_LISTGRAPHSREQUEST']._serialized_start=2388
+  _globals['_LISTGRAPHSREQUEST']._serialized_end=2465
+  _globals['_LISTGRAPHSRESPONSE']._serialized_start=2467
+  _globals['_LISTGRAPHSRESPONSE']._serialized_end=2545
+  _globals['_GRAPHSERVICE']._serialized_start=2861
+  _globals['_GRAPHSERVICE']._serialized_end=3082
 # @@protoc_insertion_point(module_scope)

@@ -279,19 +279,23 @@ class Code(_message.Message):
 
     SHA256_FIELD_NUMBER: _builtins.int
     ZIP_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
     sha256: _builtins.str
     """Sha-256 of `zip`, in lower-case hex."""
     zip: _builtins.bytes
-    """The archive, at most 64 KiB."""
+    """The archive, at most 64 KiB; empty if it is `stored`."""
+    stored: _builtins.bool
+    """It was put with ArtifactService before (at most 10 MiB): agents fetch it by its hash."""
     def __init__(
         self,
         *,
         sha256: _builtins.str = ...,
         zip: _builtins.bytes = ...,
+        stored: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "zip", b"zip"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "stored", b"stored", "zip", b"zip"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+from baton.v1 import agent_pb2 as _agent_pb2
 from baton.v1 import graph_pb2 as _graph_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -281,6 +282,8 @@ class TaskStatus(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     PARENTS_FIELD_NUMBER: _builtins.int
     ACCEPTED_RESULTS_FIELD_NUMBER: _builtins.int
+    ARTIFACTS_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Its id in the graph."""
     index: _builtins.int
@@ -301,6 +304,14 @@ class TaskStatus(_message.Message):
     def parents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids of its parents."""
 
+    @_builtins.property
+    def artifacts(self) -> _containers.RepeatedCompositeFieldContainer[_agent_pb2.ArtifactSource]:
+        """Artifacts of the accepted attempt; the one named `result` is the result when `result` is empty."""
+
+    @_builtins.property
+    def checkpoint(self) -> _agent_pb2.ArtifactSource:
+        """The last committed checkpoint, if the task is not final."""
+
     def __init__(
         self,
         *,
@@ -312,10 +323,12 @@ class TaskStatus(_message.Message):
         reason: _builtins.str = ...,
         parents: _abc.Iterable[_builtins.str] | None = ...,
         accepted_results: _builtins.int = ...,
+        artifacts: _abc.Iterable[_agent_pb2.ArtifactSource] | None = ...,
+        checkpoint: _agent_pb2.ArtifactSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_results", b"accepted_results", "attempts", b"attempts", "id", b"id", "index", b"index", "parents", b"parents", "reason", b"reason", "result", b"result", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_results", b"accepted_results", "artifacts", b"artifacts", "attempts", b"attempts", "checkpoint", b"checkpoint", "id", b"id", "index", b"index", "parents", b"parents", "reason", b"reason", "result", b"result", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
