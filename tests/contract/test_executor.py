@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -216,9 +216,11 @@ async def test_a_workload_that_ignores_term_is_killed_after_the_grace_period(
     world: ExecutorWorld, agent: Agent
 ) -> None:
     key = new_key()
-    await agent.executor.start([world.request(key, "--ignore-term", "--seconds", "60")])
+    await agent.executor.start([world.request(key, "--ignore-term", "--output", "deaf", "--seconds", "60")])
     await agent.until(Started, key)
-    await world.clock.sleep(0.3)
+    async with asyncio.timeout(20):  # it says so once it is
+        while (await agent.executor.read_log(key, 0, 100))[0] != b"deaf":
+            await world.clock.sleep(0.02)
     await agent.executor.stop([key], grace_seconds=0.3)
     exited = await agent.exit_of(key)
     assert (exited.cause, exited.signal) == (Cause.STOP, 9)
@@ -242,30 +244,30 @@ async def test_the_deadline_kills_by_itself(world: ExecutorWorld, agent: Agent) 
     now = world.clock.boot()
     await agent.executor.start(
         [
-            world.request(key, "--seconds", "60", stop_at=now + 0.8, grace_seconds=0.4),
+            world.request(key, "--seconds", "60", stop_at=now + 2.0, grace_seconds=0.4),
             world.request(passed, "--seconds", "60", stop_at=now - 0.1),
         ]
     )
     exited = await agent.exit_of(key)
     assert (exited.cause, exited.message) == (Cause.DEADLINE, "stopped at the run's deadline")
-    assert world.clock.boot() >= now + 0.6
+    assert world.clock.boot() >= now + 1.6
     await agent.until(Refused, passed)
 
 
 async def test_the_timeout_kills_by_itself(world: ExecutorWorld, agent: Agent) -> None:
     key = new_key()
     words = ("--ignore-term", "--seconds", "60")
-    await agent.executor.start([world.request(key, *words, timeout_seconds=0.8, grace_seconds=0.2)])
+    await agent.executor.start([world.request(key, *words, timeout_seconds=2.0, grace_seconds=0.2)])
     exited = await agent.exit_of(key)
     assert (exited.cause, exited.signal) == (Cause.TIMEOUT, 9)
-    assert exited.message == "timed out after 0.8s"
-    assert exited.end_wall - exited.start_wall >= 0.99  # TERM after the time-out, KILL after the grace
+    assert exited.message == "timed out after 2s"
+    assert exited.end_wall - exited.start_wall >= 2.19  # TERM after the time-out, KILL after the grace
 
 
 async def test_when_the_lease_passes_work_dies_except_what_is_to_be_kept(world: ExecutorWorld, agent: Agent) -> None:
     """F5, F7: no agent is needed for that, and it is done within F + K."""
     key, stubborn, kept = new_key(), new_key(), new_key()
-    await agent.executor.configure(1.0, 2.0)
+    await agent.executor.configure(2.0, 2.0)
     sent = world.clock.boot()
     await agent.executor.renew(1, sent)
     await agent.executor.start(
@@ -278,8 +280,8 @@ async def test_when_the_lease_passes_work_dies_except_what_is_to_be_kept(world: 
     for one in (key, stubborn):
         exited = await agent.exit_of(one)
         assert exited.cause is Cause.FENCE
-        assert not exited.late
-    assert sent + 1.0 <= world.clock.boot() <= sent + 3.0
+        assert not exited.late  # by the guard's own clock; when we hear of it is no rule
+    assert sent + 2.0 <= world.clock.boot()
     late_start = new_key()
     await agent.executor.start([world.request(late_start)])
     await agent.until(Refused, late_start)
@@ -292,16 +294,23 @@ async def test_when_the_lease_passes_work_dies_except_what_is_to_be_kept(world: 
 
 async def test_an_adopted_attempt_lives_under_its_new_generation(world: ExecutorWorld, agent: Agent) -> None:
     key, left = new_key(), new_key()
-    await agent.executor.configure(1.2, 1.0)
+    await agent.executor.configure(3.0, 1.0)
     await agent.executor.renew(1, world.clock.boot())
-    await agent.executor.start([world.request(key, "--seconds", "2"), world.request(left, "--seconds", "60")])
+    await agent.executor.start([world.request(key, "--seconds", "60"), world.request(left, "--seconds", "60")])
     await agent.until(Started, key, left)
     await agent.executor.adopt([key], 2)
-    for _ in range(10):
-        await agent.executor.renew(2, world.clock.boot())
-        await world.clock.sleep(0.25)
+
+    async def renew() -> None:
+        while True:
+            await agent.executor.renew(2, world.clock.boot())
+            await world.clock.sleep(0.2)
+
+    renewing = asyncio.create_task(renew())
     assert (await agent.exit_of(left)).cause is Cause.FENCE
-    assert (await agent.exit_of(key)).succeeded
+    assert agent.kinds(key) == ["Started"]
+    await agent.executor.stop([key], grace_seconds=10.0)
+    assert (await agent.exit_of(key)).cause is Cause.STOP
+    renewing.cancel()
 
 
 async def test_work_outlives_its_agent_and_is_found_by_the_next(world: ExecutorWorld, agent: Agent) -> None:
@@ -310,8 +319,12 @@ async def test_work_outlives_its_agent_and_is_found_by_the_next(world: ExecutorW
     await agent.executor.start([world.request(running, "--seconds", "60"), world.request(ended, "--seconds", "0.3")])
     await agent.until(Started, running, ended)
     await agent.executor.close()
-    await world.clock.sleep(0.8)
     second = await Agent(world.executor()).connect()
+    async with asyncio.timeout(20):
+        while second.census[ended].phase is not Phase.EXITED:
+            await second.executor.close()
+            await world.clock.sleep(0.1)
+            await second.connect()
     assert second.census[running].phase is Phase.RUNNING
     assert second.census[running].generation == 1
     entry = second.census[ended]
@@ -394,23 +407,26 @@ async def test_a_frozen_guard_gives_no_sign_of_life_and_says_late_when_it_wakes(
 ) -> None:
     """G2, F6: woken after F + K, it kills first and owns up."""
     key, queued = new_key(), new_key()
-    await agent.executor.configure(0.5, 0.5)
-    await agent.executor.renew(1, world.clock.boot())
+    fence, kill = 2.0, 1.0
+    await agent.executor.configure(fence, kill)
+    sent = world.clock.boot()
+    await agent.executor.renew(1, sent)
     await agent.executor.start([world.request(key, "--seconds", "60")])
     await agent.until(Started, key)
     world.freeze_guard()
+    await world.clock.sleep(0.5)  # what it said before is heard by then
     before = agent.executor.ticked_at()
-    await world.clock.sleep(0.3)
-    assert agent.executor.ticked_at() <= before + 0.25
     await agent.executor.start([world.request(queued)])
-    await world.clock.sleep(1.2)
-    assert world.clock.boot() - agent.executor.ticked_at() > 1.0
+    await world.clock.sleep(max(0.0, sent + fence + kill + 0.3 - world.clock.boot()))
+    assert agent.executor.ticked_at() == before
     world.thaw_guard()
+    thawed = world.clock.boot()
     exited = await agent.exit_of(key)
     assert (exited.cause, exited.late) == (Cause.FENCE, True)
     await agent.until(Refused, queued)
-    await world.clock.sleep(0.5)
-    assert world.clock.boot() - agent.executor.ticked_at() < 5.0
+    async with asyncio.timeout(20):
+        while agent.executor.ticked_at() <= thawed:
+            await world.clock.sleep(0.05)
 
 
 async def test_a_silent_guard_is_killed_with_its_work_and_a_living_one_is_left_alone(
@@ -468,6 +484,13 @@ class ManualClock:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._sleepers.append((self.true + seconds / self._rate, waiter))
         await waiter
+
+    def later(self, seconds: float, action: Callable[[], object]) -> asyncio.Task[None]:
+        async def wait() -> None:
+            await self.sleep(seconds)
+            action()
+
+        return asyncio.create_task(wait())
 
     async def advance(self, seconds: float) -> None:
         """Wake every sleeper at its own time."""

@@ -305,7 +305,7 @@ async def test_a_hung_call_is_killed_at_its_time_out(world: ProcessWorld, agent:
 
 
 async def test_a_call_is_killed_at_its_deadline(world: ProcessWorld, agent: Agent) -> None:
-    exited = await ran(agent, call("sleep"), stop_at=world.clock.boot() + 1.0, grace_seconds=0.2)
+    exited = await ran(agent, call("sleep"), stop_at=world.clock.boot() + 3.0, grace_seconds=0.2)
     assert exited.cause is Cause.DEADLINE
 
 
@@ -324,10 +324,10 @@ async def test_a_stop_kills_the_call_and_is_confirmed(world: ProcessWorld, agent
 
 
 async def test_the_fence_kills_a_call(world: ProcessWorld, agent: Agent) -> None:
-    await agent.executor.configure(1.0, 1.0)
+    await agent.executor.configure(2.0, 2.0)
     await agent.executor.renew(1, world.clock.boot())
     key, kept = new_key(), new_key()
-    requests = [start(key, call("deaf")), start(kept, call("sleep", 2.5), keep_at_fence=True)]
+    requests = [start(key, call("deaf")), start(kept, call("sleep", 4.5), keep_at_fence=True)]
     await agent.executor.start(requests)
     exited = await agent.exit_of(key)
     assert (exited.cause, exited.late) == (Cause.FENCE, False)

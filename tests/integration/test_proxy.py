@@ -9,7 +9,7 @@ import pytest
 
 from lab.proxy import HELD, PIECE_BYTES, Mode, Proxy
 
-SOON = 5.0
+SOON = 20.0
 QUIET = 0.2
 
 

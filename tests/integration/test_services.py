@@ -429,8 +429,12 @@ async def test_history_that_is_down_keeps_runs_live(
     federation.history.down = True
     made = (await node.runs.CreateRun(creation("a"))).run
     await node.runs.CancelRun(run_pb2.CancelRunRequest(request_id=request_id(), name=made.name))
-    await asyncio.sleep(1.0)
-    assert (await node.runs.GetRun(run_pb2.GetRunRequest(name=made.name))).run.state == run_pb2.RUN_STATE_CANCELLED
+    asked = run_pb2.GetRunRequest(name=made.name)
+    async with asyncio.timeout(30):
+        while (await node.runs.GetRun(asked)).run.state != run_pb2.RUN_STATE_CANCELLED:  # noqa: ASYNC110 - it must be asked
+            await asyncio.sleep(0.02)
+    await asyncio.sleep(1.0)  # ten times the archiver's delay, in vain
+    assert (await node.runs.GetRun(asked)).run.state == run_pb2.RUN_STATE_CANCELLED
     gone = await failure(node.runs.GetRun(run_pb2.GetRunRequest(name="namespaces/default/runs/none")))
     assert isinstance(gone, errors.StoreUnavailable)
 
