@@ -2,7 +2,8 @@
 
 What travels: every `*.py` file below the script's folder, and the files it names itself (`Graph(files=[...])`). What does
 not: hidden folders, `__pycache__`, virtual environments, data nobody named, and packages (name them as requirements). Equal
-contents make equal bytes, so the hash finds warm workers again.
+contents make equal bytes, so the hash finds warm workers again, and large code is sent to the artifact store only once (the
+client does that; up to 64 KiB travels with the graph).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from baton.artifacts import MAX_CODE_PACK_BYTES
 from baton.errors import InvalidField
-from baton.pythontask import MAX_CODE_BYTES
 
 MAX_FOLDER_BYTES = 10 * 1024 * 1024
 """Of what is packed, before it is packed. More is no source code."""
@@ -56,8 +57,8 @@ def pack(folder: Path, files: Sequence[str] = ()) -> PackedCode:
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, chosen[name].read_bytes())
     packed = out.getvalue()
-    if len(packed) > MAX_CODE_BYTES:
-        raise InvalidField(_too_large(folder, len(packed), MAX_CODE_BYTES, "packed", sizes))
+    if len(packed) > MAX_CODE_PACK_BYTES:
+        raise InvalidField(_too_large(folder, len(packed), MAX_CODE_PACK_BYTES, "packed", sizes))
     return PackedCode(hashlib.sha256(packed).hexdigest(), packed)
 
 

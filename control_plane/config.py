@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from baton import names
+from baton.telemetry import logs
+from control_plane.artifacts import address
 
 MIN_LEASE_TTL = 2.0
 MAX_LEASE_TTL = 60.0
@@ -68,12 +70,17 @@ class Config:
     allow_unsafe_etcd: bool = False
     """Start on an etcd that breaks guarantees Baton stands on. For a first look, never for work."""
     log_level: str = "info"
+    log_format: str = "json"
+    """json or text: how log lines look on stderr."""
     metrics_listen: str = ""
     """host:port of the web port: metrics, health, traces; empty: none."""
     metrics_anywhere: bool = False
     """The web port may be reached from other machines, although it asks nobody who they are."""
     metrics_port_file: Path | None = None
     """Where to write the web port's host:port once it listens."""
+    artifacts: str = ""
+    """Where artifacts and large code lie: dir:PATH or s3://BUCKET/PREFIX?endpoint=URL; empty: nowhere, and they are refused. The
+    same for all replicas."""
     otlp_endpoint: str = ""
     """http://host:port on loopback or https://host:port of an OTLP (gRPC) collector of finished runs' spans; empty: none."""
 
@@ -154,10 +161,12 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "reflection": _flag,
     "allow_unsafe_etcd": _flag,
     "log_level": _text,
+    "log_format": _text,
     "metrics_listen": _text,
     "metrics_anywhere": _flag,
     "metrics_port_file": _path,
     "otlp_endpoint": _text,
+    "artifacts": _text,
 }
 
 _TABLES = ("tls", "etcd_tls")
@@ -244,8 +253,24 @@ def _check(config: Config) -> None:
                 "asked who they are: listen on 127.0.0.1, or say --metrics-anywhere"
             )
     _check_collector(config.otlp_endpoint)
+    _check_artifacts(config.artifacts)
+    _check_logs(config)
+
+
+def _check_logs(config: Config) -> None:
     if config.log_level not in LOG_LEVELS:
         raise BadConfig(f"log_level {config.log_level!r} is none of {', '.join(LOG_LEVELS)}")
+    if config.log_format not in logs.FORMATS:
+        raise BadConfig(f"log_format {config.log_format!r} is none of {', '.join(logs.FORMATS)}")
+
+
+def _check_artifacts(where: str) -> None:
+    """Raises BadConfig."""
+    try:
+        if where:
+            address.parse(where)
+    except ValueError as error:
+        raise BadConfig(f"artifacts: the address {error}") from None
 
 
 def _check_collector(endpoint: str) -> None:
@@ -270,7 +295,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m control_plane",
         description="Run one replica of a federation's control plane.",
-        epilog="Exit codes: 0 left in order, 1 failed, 2 bad configuration or usage. Logs are JSON lines on stderr.",
+        epilog="Exit codes: 0 left in order, 1 failed, 2 bad configuration or usage. Logs go to stderr.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -289,9 +314,11 @@ def arguments() -> argparse.ArgumentParser:
     add("--reflection", action=argparse.BooleanOptionalAction, help="serve gRPC reflection (default: on loopback)")
     add("--allow-unsafe-etcd", action="store_true", default=None, help="start on an etcd with known consistency bugs")
     add("--log-level", metavar="LEVEL", help=f"{', '.join(LOG_LEVELS)} (default info)")
+    add("--log-format", metavar="FORM", help=f"{' or '.join(logs.FORMATS)} (default json)")
     add("--metrics-listen", metavar="HOST:PORT", help="serve /metrics, /healthz and traces there (default: nowhere)")
     add("--metrics-anywhere", action="store_true", default=None, help="let --metrics-listen be beyond loopback")
     add("--metrics-port-file", type=Path, metavar="PATH", help="write the port of --metrics-listen here")
+    add("--artifacts", metavar="WHERE", help="store of artifacts: dir:PATH or s3://BUCKET/PREFIX?endpoint=URL")
     add("--otlp-endpoint", metavar="URL", help="send finished runs' spans to this collector (OTLP over gRPC)")
     for prefix, whom in (("tls", "callers"), ("etcd-tls", "etcd")):
         add(f"--{prefix}-cert", metavar="PEM", help=f"our certificate, shown to {whom}")

@@ -14,7 +14,7 @@ import asyncio
 import hashlib
 import json
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from baton import names, validate
@@ -46,14 +46,17 @@ more, since their tasks are alike."""
 
 ZLIB_LEVEL = 1
 
+MissingCodes = Callable[[str, Sequence[str]], Awaitable[Sequence[str]]]
+
 T = TypeVar("T")
 
 
 class Creation:
     """Makes runs."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, desk: Desk, missing_codes: MissingCodes) -> None:
+        """`missing_codes`: which stored code archives of a namespace are not there; it keeps the others for a while."""
+        self._desk, self._missing_codes = desk, missing_codes
 
     def serve_peers(self, calls: Calls) -> None:
         """Answer for owned shards."""
@@ -103,6 +106,7 @@ class Creation:
         if request.graph:
             graph = await self._stored(request, asked)
             head["graph_version"], spec = graph.version, graph.spec
+        await self._check_codes(request.namespace, spec)
         body = await _maybe_off_loop(spec, lambda: zlib.compress(spec.SerializeToString(), ZLIB_LEVEL))
         if len(body) > MAX_FORWARD_BYTES:
             raise LimitExceeded(f"the graph holds {len(body)} bytes after compression, more than {MAX_FORWARD_BYTES}")
@@ -118,6 +122,17 @@ class Creation:
         ask = graph_pb2.GetGraphRequest(name=request.graph, version=request.graph_version).SerializeToString()
         answer = await self._desk.forwarder.one(shard_of(name.namespace, ""), GET_GRAPH, ask, asked)
         return graph_pb2.GetGraphResponse.FromString(answer).graph
+
+    async def _check_codes(self, namespace: str, spec: graph_pb2.GraphSpec) -> None:
+        """Code that is said to be stored is there, and stays for as long as finished runs do. Raises InvalidField, and as the
+        store's gateway."""
+        stored = [code.sha256 for code in spec.codes if code.stored]
+        if stored and (missing := await self._missing_codes(namespace, stored)):
+            position = next(at for at, code in enumerate(spec.codes) if code.sha256 == missing[0])
+            text = (
+                f"{missing[0]} is not stored in namespace {namespace} (any more): put it first, or run the script again"
+            )
+            raise invalid(f"spec.codes[{position}]", text)
 
     async def _at_owner(self, payload: bytes, context: CallContext) -> AsyncIterator[bytes]:
         """At the owner of the run's shard."""

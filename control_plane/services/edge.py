@@ -137,7 +137,7 @@ class Edge:
         self, method: Method, request: bytes | Bytes, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> AsyncGenerator[bytes, None]:
         identity = self._identify(context)
-        if not identity.may_use_api:
+        if not (identity.may_use_api or (method.agents and identity.may_be_agent)):
             log.warning("call denied", extra={"method": method.name, "principal": identity.principal})
             raise Denied(f"{identity.principal} may not use {method.service}")
         if self.draining:
@@ -146,17 +146,18 @@ class Edge:
             raise LimitExceeded(f"{MAX_CALLS} calls are under way on this replica", retry_after=PUSHBACK)
         self._calls += 1
         try:
-            asked = self._asked(method, context.time_remaining(), identity.principal)
+            asked = self._asked(method, context.time_remaining(), identity)
             async with aclosing(self.answers(method, request, asked)) as answers:
                 async for answer in answers:
                     yield answer
         finally:
             self._calls -= 1
 
-    def _asked(self, method: Method, remaining: float | None, principal: str) -> Asked:
+    def _asked(self, method: Method, remaining: float | None, caller: Identity) -> Asked:
         cap = UNARY_CAP if method.kind is Kind.UNARY else STREAM_CAP
         given = cap if remaining is None else min(remaining, cap)
-        return Asked(method.name, principal, self._clock.boot() + given - min(MARGIN, given / 10), self._clock)
+        ends = self._clock.boot() + given - min(MARGIN, given / 10)
+        return Asked(method.name, caller.principal, ends, self._clock, caller=caller)
 
     async def answers(self, method: Method, request: bytes | Bytes, asked: Asked) -> AsyncGenerator[bytes, None]:
         """The whole way of a call at the replica that is asked. Raises BatonError, and whatever a handler raises."""

@@ -19,6 +19,7 @@ from baton import requestid
 from baton.clock import Clock
 from baton.errors import RequestIdAhead
 from control_plane.services.failures import invalid
+from control_plane.services.identity import NOBODY, Identity
 
 DEFAULT_PAGE = 50
 DEFAULT_TASK_PAGE = 500
@@ -46,6 +47,8 @@ class Asked:
     ends: float
     clock: Clock
     shard: str = ""
+    caller: Identity = NOBODY
+    """Who asks, at the replica that was asked; at the owner only `principal` is known."""
 
     def left(self) -> float:
         """Seconds until the answer is due; never below a millisecond, so that it may be used as a time-out."""
@@ -83,6 +86,8 @@ class Method:
     kind: Kind = Kind.UNARY
     resume: Resume | None = None
     """For a routed stream: `resume(request, response)` changes the request so that it goes on after `response`."""
+    agents: bool = False
+    """Agents may call it, too; the handler looks at `Asked.caller`."""
 
     @property
     def service(self) -> str:

@@ -8,10 +8,13 @@ from typing import Any
 from google.protobuf.message import Message
 
 from baton import names
-from baton.v1 import admin_pb2, cluster_pb2, graph_pb2, run_pb2, trace_pb2
+from baton.v1 import admin_pb2, artifact_pb2, cluster_pb2, graph_pb2, run_pb2, trace_pb2
+from control_plane.artifacts.gateway import Gateway
 from control_plane.peers import Calls
-from control_plane.services import admin, clusters, graphs, logs, runs, trace, watch
+from control_plane.services import admin, artifacts, clusters, graphs, logs, runs, trace, watch
 from control_plane.services.admin import Admin, Confirm, Snapshot
+from control_plane.services.artifact_list import ArtifactLists, check_list_artifacts
+from control_plane.services.artifacts import Artifacts
 from control_plane.services.clusters import Clusters
 from control_plane.services.create import Creation
 from control_plane.services.desk import Desk, shard_of_run
@@ -25,14 +28,17 @@ from control_plane.services.watch import Bells, Watches
 
 class Services:
     """All services of one replica. `methods` is the table; `bells` listens to the controller; `logs` takes chunks;
-    `traces` serves the web port too."""
+    `traces` serves the web port too, `artifacts` the sweeper."""
 
-    def __init__(self, desk: Desk, *, confirm_restored: Confirm, snapshot: Snapshot | None) -> None:
+    def __init__(
+        self, desk: Desk, *, confirm_restored: Confirm, snapshot: Snapshot | None, gateway: Gateway | None = None
+    ) -> None:
         self.bells = Bells()
         self.logs = Logs(desk)
         self.traces = Traces(desk)
         self._runs = Runs(desk)
-        self._creation = Creation(desk)
+        self.artifacts = Artifacts(desk, gateway)
+        self._creation = Creation(desk, self.artifacts.missing_codes)
         self._admin = Admin(desk, confirm_restored, snapshot)
         self.methods: Sequence[Method] = (
             *self._run_methods(Watches(desk, self.bells)),
@@ -40,11 +46,13 @@ class Services:
             *_cluster_methods(Clusters(desk)),
             *self._admin_methods(),
             _trace_method(self.traces),
+            _list_artifacts_method(ArtifactLists(desk)),
+            *_artifact_methods(self.artifacts),
         )
 
     def serve_peers(self, calls: Calls) -> None:
         """Register the internal calls."""
-        for service in (self._runs, self._creation, self._admin, self.logs, self.traces):
+        for service in (self._runs, self._creation, self._admin, self.logs, self.traces, self.artifacts):
             service.serve_peers(calls)
 
     def _run_methods(self, watches: Watches) -> Sequence[Method]:
@@ -133,6 +141,30 @@ def _trace_method(of: Traces) -> Method:
         validate=trace.check_trace,
         kind=Kind.STREAM_OUT,
         resume=trace.go_on,
+    )
+
+
+def _list_artifacts_method(of: ArtifactLists) -> Method:
+    return _method(
+        "ArtifactService",
+        "ListArtifacts",
+        artifact_pb2,
+        of.list_artifacts,
+        route=lambda request: shard_of_run(names.parse_run(request.run)),
+        validate=check_list_artifacts,
+    )
+
+
+def _artifact_methods(of: Artifacts) -> Sequence[Method]:
+    """Content goes through the replica that is asked."""
+
+    def method(name: str, handler: Any, **how: Any) -> Method:
+        return _method("ArtifactService", name, artifact_pb2, handler, **how)
+
+    return (
+        method("PutArtifact", of.put_artifact, kind=Kind.STREAM_IN, agents=True),
+        method("GetArtifact", of.get_artifact, kind=Kind.STREAM_OUT, agents=True, validate=artifacts.check_get),
+        method("HasCode", of.has_code, validate=artifacts.check_has_code),
     )
 
 

@@ -1,0 +1,119 @@
+"""Garbage of the object store, found by level: what no run and no use holds on to, goes (PROTOCOL J10).
+
+Theory. Nobody is told that content became garbage; it is looked for. A folder of a run goes when the run is neither live nor in
+history and nothing in it was written for an hour: an upload that is under way has a live run, and a run leaves the live state
+only after it is in history. Code goes when its stamp is old. Nothing is deleted by guess: if one shard or history does not
+answer, everything stays until the next round. The manifest goes first, so that nobody reads half of what is being deleted.
+
+One replica sweeps, the owner of the fleet's shard; two that both think so do the same work, which does no harm.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+from baton.clock import Clock
+from baton.errors import BatonError
+from control_plane.artifacts.base import ObjectInfo, ObjectStore, ObjectStoreError
+from control_plane.artifacts.gateway import CODE, MANIFEST, USED
+
+log = logging.getLogger(__name__)
+
+INTERVAL = 600.0
+"""Seconds between rounds. Each asks for every run that has artifacts: less often keeps garbage longer, more often is work."""
+
+GRACE = 3600.0
+"""Seconds that a folder without a run stays: far above the time-out of an upload, for store clocks that are wrong as well."""
+
+CODE_SECONDS = 30 * 24 * 3600.0
+"""Without use: as long as finished runs are kept."""
+
+BATCH = 200
+"""Runs asked for together."""
+
+STORE_SECONDS = 30.0
+KNOWN_SECONDS = 30.0
+
+DELETE = 500
+"""Objects deleted by one request."""
+
+Known = Callable[[Sequence[str], float], Awaitable[set[str]]]
+"""Which of these uids are runs, live or finished; raises BatonError when somebody does not say. Within seconds."""
+
+
+class Sweeper:
+    """One replica's loop."""
+
+    def __init__(self, store: ObjectStore, clock: Clock, known: Known, mine: Callable[[], bool]) -> None:
+        """`mine`: whether this replica is the one that sweeps."""
+        self._store, self._clock, self._known, self._mine = store, clock, known, mine
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self._clock.sleep(INTERVAL)
+            if not self._mine():
+                continue
+            try:
+                removed = await self.sweep()
+            except (ObjectStoreError, BatonError) as error:
+                log.warning("artifacts are not swept now", extra={"error": str(error)})
+                continue
+            if removed:
+                log.info("artifacts without a run were removed", extra={"folders": removed})
+
+    async def sweep(self) -> int:
+        """One round; how many folders were removed. Raises ObjectStoreError, BatonError: then the rest stays."""
+        removed = 0
+        for namespace in await self._store.folders("", timeout=STORE_SECONDS):
+            runs = await self._store.folders(f"{namespace}/", timeout=STORE_SECONDS)
+            uids = [uid for uid in runs if uid != CODE]
+            for start in range(0, len(uids), BATCH):
+                removed += await self._sweep_runs(namespace, uids[start : start + BATCH])
+            if CODE in runs:
+                removed += await self._sweep_codes(f"{namespace}/{CODE}/")
+        return removed
+
+    async def _sweep_runs(self, namespace: str, uids: Sequence[str]) -> int:
+        known = await self._known(uids, KNOWN_SECONDS)
+        removed = 0
+        for uid in uids:
+            folder = f"{namespace}/{uid}/"
+            if uid not in known and await self._newest(folder) < self._clock.wall() - GRACE:
+                await self._remove(folder)
+                removed += 1
+        return removed
+
+    async def _sweep_codes(self, prefix: str) -> int:
+        removed = 0
+        for sha256 in await self._store.folders(prefix, timeout=STORE_SECONDS):
+            folder = f"{prefix}{sha256}/"
+            stamps = [info.modified async for info in self._all(folder) if info.key == folder + USED]
+            # Without a stamp the upload may be under way: its objects are judged by their own age.
+            at = stamps[0] + CODE_SECONDS if stamps else await self._newest(folder) + GRACE
+            if at < self._clock.wall():
+                await self._remove(folder)
+                removed += 1
+        return removed
+
+    async def _newest(self, folder: str) -> float:
+        """When something in a folder was last written; 0 for an empty one."""
+        newest = 0.0
+        async for info in self._all(folder):
+            newest = max(newest, info.modified)
+        return newest
+
+    async def _remove(self, folder: str) -> None:
+        """Manifests first, then everything."""
+        for manifests in (True, False):
+            keys = [info.key async for info in self._all(folder) if not manifests or info.key.endswith(f"/{MANIFEST}")]
+            for start in range(0, len(keys), DELETE):
+                await self._store.delete(keys[start : start + DELETE], timeout=STORE_SECONDS)
+
+    async def _all(self, folder: str) -> AsyncIterator[ObjectInfo]:
+        after = ""
+        while infos := await self._store.page(folder, timeout=STORE_SECONDS, after=after):
+            for info in infos:
+                yield info
+            after = infos[-1].key
