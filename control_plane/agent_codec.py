@@ -9,10 +9,14 @@ from typing import Any
 from baton.v1 import agent_pb2 as pb
 from baton.v1 import graph_pb2
 from control_plane.controller import OwnedShard
-from control_plane.core.commands import Finish, Held, TakeReports
-from control_plane.core.model import AttemptId, Outcome, PythonCall, TaskSpec
+from control_plane.core.commands import Finish, Held, SavedCheckpoint, TakeReports
+from control_plane.core.files import ATTEMPT_ARTIFACTS, DIGEST_BYTES, NAME_BYTES
+from control_plane.core.model import ArtifactRef, AttemptId, Outcome, PythonCall, TaskSpec
 from control_plane.core.span_model import attempt_span_id
-from control_plane.core.views import DispatchView
+from control_plane.core.views import ArtifactView, DispatchView
+
+MOST_REFS = ATTEMPT_ARTIFACTS + 1
+"""Refs read of one report: one over the limit is enough to be refused for it."""
 
 
 def ref(attempt: AttemptId) -> pb.AttemptRef:
@@ -55,12 +59,15 @@ def reports_command(cluster: str, generation: int, reports: Iterable[pb.Reports]
     finished: list[Finish] = []
     rejected: list[tuple[AttemptId, str]] = []
     stopped: list[AttemptId] = []
+    saved: list[SavedCheckpoint] = []
     for report in reports:
         started += [(attempt_id(s.attempt), s.start_wall_ms / 1000) for s in report.started]
         finished += [finish(f) for f in report.finished]
         rejected += [(attempt_id(r.attempt), r.reason[:200]) for r in report.rejected]
         stopped += [attempt_id(s) for s in report.stopped]
-    return TakeReports(cluster, generation, tuple(started), tuple(finished), tuple(rejected), tuple(stopped))
+        saved += [SavedCheckpoint(attempt_id(c.attempt), artifact_ref(c.artifact)) for c in report.checkpoints]
+    columns = (tuple(started), tuple(finished), tuple(rejected), tuple(stopped), tuple(saved))
+    return TakeReports(cluster, generation, *columns)
 
 
 def finish(message: pb.FinishedReport) -> Finish:
@@ -74,6 +81,24 @@ def finish(message: pb.FinishedReport) -> Finish:
         message=message.message[:500],
         start=message.start_wall_ms / 1000,
         end=message.end_wall_ms / 1000,
+        artifacts=tuple(map(artifact_ref, message.artifacts[:MOST_REFS])) if message.artifacts else (),
+    )
+
+
+def artifact_ref(message: pb.ArtifactRef) -> ArtifactRef:
+    """A ref as an agent says it; the core judges it."""
+    return ArtifactRef(message.name[: NAME_BYTES + 1], message.size, message.digest[: DIGEST_BYTES + 1])
+
+
+def artifact_source(view: ArtifactView) -> pb.ArtifactSource:
+    """An artifact with all that is needed to read it."""
+    made = view.ref
+    return pb.ArtifactSource(
+        namespace=view.namespace,
+        attempt=ref(view.attempt),
+        cluster_uid=view.cluster,
+        artifact=pb.ArtifactRef(name=made.name, size=made.size, digest=made.digest),
+        task_id=view.task_id,
     )
 
 
@@ -155,13 +180,23 @@ class DispatchWriter:
             )
         )
         self.bytes += 200 + len(inputs)
+        if view.artifacts or view.checkpoint:
+            self._refer(self._message.dispatches[-1], view)
         self.attempts.append(attempt)
 
+    def _refer(self, dispatch: pb.Dispatch, view: DispatchView) -> None:
+        """What is there before the workload starts (DESIGN 10)."""
+        dispatch.artifacts.extend(map(artifact_source, view.artifacts))
+        if view.checkpoint is not None:
+            dispatch.checkpoint.CopyFrom(artifact_source(view.checkpoint))
+        self.bytes += dispatch.ByteSize()
+
     def _carry(self, call: PythonCall) -> None:
-        """Code travels in each message that needs it, once: no message leans on another one's arrival (J7)."""
+        """Code travels in each message that needs it, once: no message leans on another one's arrival (J7). Stored code is named
+        only, and fetched by its hash."""
         if call.code and call.code not in self._codes:
             self._codes.add(call.code)
-            self._message.codes.add(sha256=call.code, zip=call.code_zip)
+            self._message.codes.add(sha256=call.code, zip=call.code_zip, stored=call.stored)
             self.bytes += len(call.code_zip)
 
     def message(self, number: int) -> pb.Dispatches:

@@ -31,10 +31,14 @@ from control_plane.core.model import (
 )
 from control_plane.refusals import TooNew
 
-FEATURE_LEVEL = 1
+FEATURE_LEVEL = 2
 """The highest feature level this program reads and writes (PROTOCOL J11). Raised with every new event."""
 
-LEVELS: Mapping[type, int] = dict.fromkeys(typing.get_args(ev.Event), 1)
+LEVELS: Mapping[type, int] = {
+    **dict.fromkeys(typing.get_args(ev.Event), 1),
+    ev.ArtifactsPublished: ev.ARTIFACTS_LEVEL,
+    ev.CheckpointsCommitted: ev.ARTIFACTS_LEVEL,
+}
 """The feature level from which an event may be written."""
 
 NO_EXIT_CODE = -(1 << 31)

@@ -129,6 +129,7 @@ def _manifest(found: Recovered, chunks: Sequence[bytes], wall: float) -> Manifes
         first_kept=first_kept,
         nonces=nonces,
         wall=wall,
+        level=found.level,
     )
 
 

@@ -240,6 +240,7 @@ class DemandGroup(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     SLACK_MS_FIELD_NUMBER: _builtins.int
     SINCE_MS_FIELD_NUMBER: _builtins.int
+    RUN_SECONDS_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     """Opaque key of the group, unique in the federation."""
     group: _builtins.str
@@ -250,6 +251,8 @@ class DemandGroup(_message.Message):
     """Least slack to the deadline in the group, milliseconds; may be negative."""
     since_ms: _builtins.int
     """Wall time since when its first task waits, milliseconds since the epoch."""
+    run_seconds: _builtins.float
+    """Learned run time of such tasks, seconds; 0: not known."""
     def __init__(
         self,
         *,
@@ -258,10 +261,11 @@ class DemandGroup(_message.Message):
         count: _builtins.int = ...,
         slack_ms: _builtins.int = ...,
         since_ms: _builtins.int = ...,
+        run_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "group", b"group", "key", b"key", "since_ms", b"since_ms", "slack_ms", b"slack_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "group", b"group", "key", b"key", "run_seconds", b"run_seconds", "since_ms", b"since_ms", "slack_ms", b"slack_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -279,6 +283,7 @@ class PendingUse(_message.Message):
     GROUP_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    RUN_SECONDS_FIELD_NUMBER: _builtins.int
     cluster_uid: _builtins.str
     """Uid of the cluster."""
     generation: _builtins.int
@@ -291,6 +296,8 @@ class PendingUse(_message.Message):
     """Attempts placed since that report; negative: ended since."""
     held: _builtins.int
     """Attempts held in all, reported or not: the namespace's share."""
+    run_seconds: _builtins.float
+    """Learned run time of such tasks, seconds; 0: not known."""
     def __init__(
         self,
         *,
@@ -300,10 +307,11 @@ class PendingUse(_message.Message):
         group: _builtins.str = ...,
         count: _builtins.int = ...,
         held: _builtins.int = ...,
+        run_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_uid", b"cluster_uid", "count", b"count", "generation", b"generation", "group", b"group", "held", b"held", "key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_uid", b"cluster_uid", "count", b"count", "generation", b"generation", "group", b"group", "held", b"held", "key", b"key", "run_seconds", b"run_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -422,6 +422,7 @@ class Hello(_message.Message):
     FEATURE_LEVEL_FIELD_NUMBER: _builtins.int
     NAMESPACES_FIELD_NUMBER: _builtins.int
     LAST_GENERATION_FIELD_NUMBER: _builtins.int
+    BUNDLES_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     """Name of the cluster; must be the certificate's."""
     instance: _builtins.str
@@ -444,6 +445,8 @@ class Hello(_message.Message):
     """Highest feature level it knows."""
     last_generation: _builtins.int
     """Generation of its last session, 0 if none."""
+    bundles: _builtins.bool
+    """The agent reads `SessionResponse.more`."""
     @_builtins.property
     def inventory(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardInventory]:
         """Everything it holds."""
@@ -488,10 +491,11 @@ class Hello(_message.Message):
         feature_level: _builtins.int = ...,
         namespaces: _abc.Iterable[_builtins.str] | None = ...,
         last_generation: _builtins.int = ...,
+        bundles: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "cluster", b"cluster", "feature_level", b"feature_level", "federation_uid", b"federation_uid", "instance", b"instance", "inventory", b"inventory", "isolation", b"isolation", "journal_uid", b"journal_uid", "labels", b"labels", "last_generation", b"last_generation", "marks", b"marks", "namespaces", b"namespaces", "orphan_killer", b"orphan_killer", "profile", b"profile", "shapes", b"shapes", "taints", b"taints"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "bundles", b"bundles", "cluster", b"cluster", "feature_level", b"feature_level", "federation_uid", b"federation_uid", "instance", b"instance", "inventory", b"inventory", "isolation", b"isolation", "journal_uid", b"journal_uid", "labels", b"labels", "last_generation", b"last_generation", "marks", b"marks", "namespaces", b"namespaces", "orphan_killer", b"orphan_killer", "profile", b"profile", "shapes", b"shapes", "taints", b"taints"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -511,6 +515,7 @@ class Welcome(_message.Message):
     FEDERATION_UID_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
+    BUNDLES_FIELD_NUMBER: _builtins.int
     cluster_uid: _builtins.str
     """Uid of the cluster."""
     generation: _builtins.int
@@ -523,6 +528,8 @@ class Welcome(_message.Message):
     """Uid of the federation."""
     replica: _builtins.str
     """Replica that serves the stream."""
+    bundles: _builtins.bool
+    """The replica reads `SessionRequest.more`."""
     @_builtins.property
     def lease(self) -> Global___LeaseValues:
         """The timing values."""
@@ -542,10 +549,11 @@ class Welcome(_message.Message):
         federation_uid: _builtins.str = ...,
         replica: _builtins.str = ...,
         replicas: _abc.Iterable[_builtins.str] | None = ...,
+        bundles: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_uid", b"cluster_uid", "federation_uid", b"federation_uid", "generation", b"generation", "lease", b"lease", "replica", b"replica", "replicas", b"replicas", "resumed", b"resumed", "server_wall_ms", b"server_wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundles", b"bundles", "cluster_uid", b"cluster_uid", "federation_uid", b"federation_uid", "generation", b"generation", "lease", b"lease", "replica", b"replica", "replicas", b"replicas", "resumed", b"resumed", "server_wall_ms", b"server_wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -595,6 +603,7 @@ class Heartbeat(_message.Message):
     INCLUDED_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     GUARD_SILENT_FIELD_NUMBER: _builtins.int
+    QUEUE_LIMIT_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """Rises by one on a stream."""
     generation: _builtins.int
@@ -603,6 +612,8 @@ class Heartbeat(_message.Message):
     """Attempts queued or running."""
     guard_silent: _builtins.bool
     """The guard does not tick (PROTOCOL G2): a loss after this has evidence `none`."""
+    queue_limit: _builtins.int
+    """How many attempts may wait for room, however large they are; 0: not said."""
     @_builtins.property
     def shapes(self) -> _containers.RepeatedCompositeFieldContainer[_cluster_pb2.NodeShape]:
         """Free room."""
@@ -620,10 +631,11 @@ class Heartbeat(_message.Message):
         included: _abc.Iterable[Global___IncludedDispatch] | None = ...,
         attempts: _builtins.int = ...,
         guard_silent: _builtins.bool = ...,
+        queue_limit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "generation", b"generation", "guard_silent", b"guard_silent", "included", b"included", "seq", b"seq", "shapes", b"shapes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "generation", b"generation", "guard_silent", b"guard_silent", "included", b"included", "queue_limit", b"queue_limit", "seq", b"seq", "shapes", b"shapes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1335,6 +1347,7 @@ class SessionRequest(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     LOG_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """Always first."""
@@ -1359,6 +1372,10 @@ class SessionRequest(_message.Message):
     def goodbye(self) -> Global___Goodbye:
         """Last."""
 
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionRequest]:
+        """Messages that follow this one, in order; only to a replica whose Welcome says `bundles`. Theirs are empty."""
+
     def __init__(
         self,
         *,
@@ -1368,10 +1385,11 @@ class SessionRequest(_message.Message):
         receipt: Global___DispatchReceipt | None = ...,
         log: Global___LogChunk | None = ...,
         goodbye: Global___Goodbye | None = ...,
+        more: _abc.Iterable[Global___SessionRequest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "log", b"log", "message", b"message", "receipt", b"receipt", "reports", b"reports"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "log", b"log", "message", b"message", "receipt", b"receipt", "reports", b"reports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "log", b"log", "message", b"message", "more", b"more", "receipt", b"receipt", "reports", b"reports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "reports", "receipt", "log", "goodbye"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
@@ -1393,6 +1411,7 @@ class SessionResponse(_message.Message):
     REPORT_ACKS_FIELD_NUMBER: _builtins.int
     LOG_REQUEST_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """Answer to Hello."""
@@ -1425,6 +1444,10 @@ class SessionResponse(_message.Message):
     def refusal(self) -> Global___Refusal:
         """The end of the stream."""
 
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionResponse]:
+        """Messages that follow this one, in order; only to an agent whose Hello says `bundles`. Theirs are empty."""
+
     def __init__(
         self,
         *,
@@ -1436,10 +1459,11 @@ class SessionResponse(_message.Message):
         report_acks: Global___ReportAcks | None = ...,
         log_request: Global___LogRequest | None = ...,
         refusal: Global___Refusal | None = ...,
+        more: _abc.Iterable[Global___SessionResponse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adoptions", b"adoptions", "dispatches", b"dispatches", "heartbeat_ack", b"heartbeat_ack", "log_request", b"log_request", "message", b"message", "refusal", b"refusal", "report_acks", b"report_acks", "stops", b"stops", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adoptions", b"adoptions", "dispatches", b"dispatches", "heartbeat_ack", b"heartbeat_ack", "log_request", b"log_request", "message", b"message", "refusal", b"refusal", "report_acks", b"report_acks", "stops", b"stops", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adoptions", b"adoptions", "dispatches", b"dispatches", "heartbeat_ack", b"heartbeat_ack", "log_request", b"log_request", "message", b"message", "more", b"more", "refusal", b"refusal", "report_acks", b"report_acks", "stops", b"stops", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat_ack", "dispatches", "stops", "adoptions", "report_acks", "log_request", "refusal"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015

@@ -206,6 +206,8 @@ class Attempt(_message.Message):
     OVERLAP_POSSIBLE_FIELD_NUMBER: _builtins.int
     HEDGE_FIELD_NUMBER: _builtins.int
     REFUSED_RESULTS_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    RESUMED_FROM_FIELD_NUMBER: _builtins.int
     n: _builtins.int
     """Number, from 1, strictly increasing in the task."""
     fence: _builtins.str
@@ -228,6 +230,12 @@ class Attempt(_message.Message):
     """True for the second copy of a hedged task."""
     refused_results: _builtins.int
     """Results of this attempt that were refused because its fence was no longer good."""
+    checkpoint: _builtins.str
+    """The last checkpoint of this attempt that was committed, e.g. `checkpoint-40`; empty for none."""
+    resumed_from: _builtins.str
+    """The checkpoint it was given when it was placed, as `{n}/{name}` of the attempt that made it, e.g. `1/checkpoint-40`; empty if
+    it started from nothing.
+    """
     @_builtins.property
     def place_time(self) -> _timestamp_pb2.Timestamp:
         """When it was placed (committed)."""
@@ -257,10 +265,12 @@ class Attempt(_message.Message):
         overlap_possible: _builtins.bool = ...,
         hedge: _builtins.bool = ...,
         refused_results: _builtins.int = ...,
+        checkpoint: _builtins.str = ...,
+        resumed_from: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "exit_code", b"exit_code", "finish_time", b"finish_time", "place_time", b"place_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "cluster", b"cluster", "evidence", b"evidence", "exit_code", b"exit_code", "fence", b"fence", "finish_time", b"finish_time", "generation", b"generation", "hedge", b"hedge", "message", b"message", "n", b"n", "overlap_possible", b"overlap_possible", "place_time", b"place_time", "refused_results", b"refused_results", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "checkpoint", b"checkpoint", "cluster", b"cluster", "evidence", b"evidence", "exit_code", b"exit_code", "fence", b"fence", "finish_time", b"finish_time", "generation", b"generation", "hedge", b"hedge", "message", b"message", "n", b"n", "overlap_possible", b"overlap_possible", "place_time", b"place_time", "refused_results", b"refused_results", "resumed_from", b"resumed_from", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015

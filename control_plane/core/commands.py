@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from control_plane.core.model import Admission, AttemptId, Evidence, FleetTable, GraphTask, Outcome, RunState
+from control_plane.core.model import (
+    Admission,
+    ArtifactRef,
+    AttemptId,
+    Evidence,
+    FleetTable,
+    GraphTask,
+    Outcome,
+    RunState,
+)
 
 
 class Refused(Exception):
@@ -96,12 +105,23 @@ class Finish:
     message: str
     start: float
     end: float
+    artifacts: tuple[ArtifactRef, ...] = ()
+    """What it made, stored already; published if the success is accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedCheckpoint:
+    """The newest checkpoint of an attempt that runs, stored already."""
+
+    attempt: AttemptId
+    ref: ArtifactRef
 
 
 @dataclass(frozen=True, slots=True)
 class TakeReports:
     """Reports of one agent for this shard. Reply: the AttemptIds whose reports are settled (to be acknowledged): finished,
-    rejected and stopped ones, whether accepted, refused or known already. `generation` is the session's."""
+    rejected and stopped ones, whether accepted, refused or known already. Checkpoints are all settled. `generation` is the
+    session's."""
 
     cluster: str
     generation: int
@@ -109,6 +129,7 @@ class TakeReports:
     finished: tuple[Finish, ...] = ()
     rejected: tuple[tuple[AttemptId, str], ...] = ()
     stopped: tuple[AttemptId, ...] = ()
+    checkpoints: tuple[SavedCheckpoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from control_plane.core.model import Admission, AttemptState, Evidence, GraphTask, Health, RunState, TaskState
 
+ARTIFACTS_LEVEL = 2
+"""The feature level from which artifacts and checkpoints may be written (PROTOCOL J11)."""
+
 
 @dataclass(frozen=True, slots=True)
 class RequestRecorded:
@@ -122,6 +125,30 @@ class AttemptsFinished:
     messages: tuple[str, ...]
     starts: tuple[float, ...]
     ends: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactsPublished:
+    """Artifacts of attempts whose success the same batch accepts, one row each; before the AttemptsFinished that does (F2)."""
+
+    run: str
+    tasks: tuple[int, ...]
+    ns: tuple[int, ...]
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    digests: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointsCommitted:
+    """Checkpoints of live attempts: the task's next attempt starts from the last one."""
+
+    run: str
+    tasks: tuple[int, ...]
+    ns: tuple[int, ...]
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    digests: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +335,8 @@ Event = (
     | AttemptsPlaced
     | AttemptsStarted
     | AttemptsFinished
+    | ArtifactsPublished
+    | CheckpointsCommitted
     | AttemptsRejected
     | AttemptsLost
     | AttemptsAdopted

@@ -10,12 +10,13 @@ A watcher sees one numbered run event per event here, with all tasks it moved.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from control_plane.core import events as e
+from control_plane.core.files import Files
 from control_plane.core.image import restore_run, restore_shard
-from control_plane.core.model import AttemptId, AttemptState, Evidence, RunState, Stamp, TaskState
+from control_plane.core.model import ArtifactRef, AttemptId, AttemptState, Evidence, RunState, Stamp, TaskState
 from control_plane.core.run import Attempt, Run
 from control_plane.core.state import NAME_HOLD, WHOLE_RUN, ShardState
 
@@ -61,7 +62,7 @@ def _attempts_placed(state: ShardState, event: e.AttemptsPlaced, stamp: Stamp) -
         if not event.hedge:
             run.set_state(task, TaskState.PLACED)
         state.outbox.placed.append(id_)
-        rows.append((task, run.states[task], n, cluster, ""))
+        rows.append((task, run.states[task], n, cluster, run.files.place(task, n) if run.files else ""))
     _note(state, run, stamp, "hedged" if event.hedge else "placed", rows)
 
 
@@ -76,6 +77,28 @@ def _attempts_started(state: ShardState, event: e.AttemptsStarted, stamp: Stamp)
             run.set_state(task, TaskState.RUNNING)
         rows.append((task, run.states[task], n, attempt.cluster, ""))
     _note(state, run, stamp, "started", rows)
+
+
+def _artifacts_published(state: ShardState, event: e.ArtifactsPublished, _: Stamp) -> None:
+    """No run event: the finish that follows in the same batch tells of it."""
+    run = state.runs[event.run]
+    files = run.files = run.files or Files()
+    for attempt, ref in _refs(run, event):
+        files.publish(attempt.id, attempt.cluster, ref)
+
+
+def _checkpoints_committed(state: ShardState, event: e.CheckpointsCommitted, stamp: Stamp) -> None:
+    """A run event for the first of each attempt, and now and then: see `files.NOTED_EVERY`."""
+    run = state.runs[event.run]
+    files = run.files = run.files or Files()
+    rows = [
+        (of.id.task, run.states[of.id.task], of.id.n, of.cluster, f"saved {ref.name}, {ref.size} bytes")
+        for of, ref in _refs(run, event)
+        if files.commit(of.id, of.cluster, ref, stamp.wall)
+    ]
+    if rows:
+        files.noted = stamp.wall
+        _note(state, run, stamp, "checkpoint", rows)
 
 
 def _attempts_finished(state: ShardState, event: e.AttemptsFinished, stamp: Stamp) -> None:
@@ -289,6 +312,11 @@ def _attempt(run: Run, task: int, n: int) -> Attempt:
     return attempt
 
 
+def _refs(run: Run, event: e.ArtifactsPublished | e.CheckpointsCommitted) -> Iterator[tuple[Attempt, ArtifactRef]]:
+    attempts = (_attempt(run, task, n) for task, n in zip(event.tasks, event.ns, strict=True))
+    return zip(attempts, map(ArtifactRef, event.names, event.sizes, event.digests), strict=True)
+
+
 def _left(state: ShardState, run: Run, attempt: Attempt) -> None:
     """A member left without success: if it was the last, retry or end is due. A task that waited for a place in its stead (its
     other members were fenced) waits no more until that is decided."""
@@ -314,6 +342,8 @@ def _end(state: ShardState, run: Run, task: int, new: TaskState, wall: float, op
     """A task becomes final; children whose last open parent it was are READY or due for a skip."""
     state.unqueue(run, task)
     run.set_state(task, new)
+    if run.files:
+        run.files.checkpoints.pop(task, None)  # nothing will start from it
     state.dirty[run.uid] = None
     succeeded = new is TaskState.SUCCEEDED
     failed = not succeeded and new is not TaskState.SKIPPED
@@ -352,6 +382,8 @@ FOLDS: dict[type[e.Event], Callable[[ShardState, Any, Stamp], None]] = {
     e.AttemptsPlaced: _attempts_placed,
     e.AttemptsStarted: _attempts_started,
     e.AttemptsFinished: _attempts_finished,
+    e.ArtifactsPublished: _artifacts_published,
+    e.CheckpointsCommitted: _checkpoints_committed,
     e.AttemptsRejected: _attempts_rejected,
     e.AttemptsLost: _attempts_lost,
     e.AttemptsAdopted: _attempts_adopted,

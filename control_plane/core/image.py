@@ -14,7 +14,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from control_plane.core.model import AttemptId, AttemptState, Evidence, RunState, TaskState
+from control_plane.core.files import Carried, Files, Made
+from control_plane.core.model import ArtifactRef, AttemptId, AttemptState, Evidence, RunState, TaskState
 from control_plane.core.run import Attempt, Run
 from control_plane.core.state import WHOLE_RUN, ShardState
 from control_plane.core.views import RunEventView
@@ -24,6 +25,7 @@ def run_image(run: Run) -> bytes:
     """The mutable state of a sealed run."""
     return _bytes(
         {
+            **(_files_image(run.files) if run.files else {}),
             "state": run.state,
             "reason": run.reason,
             "created": run.created,
@@ -70,6 +72,8 @@ def restore_run(state: ShardState, run: Run, image: bytes, incarnation: int) -> 
     run.results = {task: base64.b64decode(result) for task, result in said["results"]}
     run.result_bytes = sum(map(len, run.results.values()))
     run.undecided = dict(said["undecided"])
+    if "published" in said:
+        run.files = _files_of(run.uid, said)
     for row in said["attempts"]:
         attempt = _attempt_of(run.uid, row[:-2], incarnation)
         run.history.setdefault(attempt.id.task, []).append(attempt)
@@ -84,6 +88,45 @@ def restore_run(state: ShardState, run: Run, image: bytes, incarnation: int) -> 
     run.event_number = said["event_number"]
     _derive(run)
     _index(state, run)
+
+
+def _files_image(files: Files) -> dict[str, Any]:
+    """The refs of a run that has any."""
+
+    def rows(made: dict[int, Made]) -> list[list[Any]]:
+        return [
+            [task, of.attempt.n, of.attempt.nonce, of.cluster, [[r.name, r.size, r.digest.hex()] for r in of.refs]]
+            for task, of in sorted(made.items())
+        ]
+
+    carried = [[task, n, of.resumed, of.saved] for (task, n), of in sorted(files.carried.items())]
+    return {
+        "published": rows(files.published),
+        "checkpoints": rows(files.checkpoints),
+        "carried": carried,
+        "noted": files.noted,
+    }
+
+
+def _files_of(run: str, said: dict[str, Any]) -> Files:
+    """Inverse of `_files_image`."""
+
+    def made(rows: list[list[Any]]) -> dict[int, Made]:
+        return {
+            task: Made(
+                AttemptId(run, task, n, nonce),
+                cluster,
+                tuple(ArtifactRef(name, size, bytes.fromhex(digest)) for name, size, digest in refs),
+            )
+            for task, n, nonce, cluster, refs in rows
+        }
+
+    files = Files()
+    files.published, files.checkpoints = made(said["published"]), made(said["checkpoints"])
+    files.total = sum(len(of.refs) for of in files.published.values())
+    files.carried = {(task, n): Carried(resumed, saved) for task, n, resumed, saved in said["carried"]}
+    files.noted = said["noted"]
+    return files
 
 
 def _derive(run: Run) -> None:

@@ -5,6 +5,7 @@ everything, and says which promise is broken where."""
 
 from __future__ import annotations
 
+from control_plane.core.files import ATTEMPT_ARTIFACTS, RESULT, RUN_ARTIFACTS, checkpoint_number
 from control_plane.core.model import AttemptState, RunState, TaskState
 from control_plane.core.run import KEPT_CHANGES, KEPT_EVENTS, Run, holds
 from control_plane.core.state import ShardState
@@ -19,6 +20,7 @@ def check(state: ShardState) -> None:
                 _graph(run, task)
                 _attempts(run, task)
             _events(run)
+            _files(run)
             assert (run.uid in state.final) == run.state.final, f"{run.uid}: list of final runs disagrees"
         else:
             assert run.uid in state.unsealed, f"{run.uid}: unsealed and not listed so"
@@ -72,6 +74,31 @@ def _attempts(run: Run, task: int) -> None:
     assert succeeded == run.accepted[task], f"I3 {where}: {succeeded} attempts succeeded"
 
 
+def _files(run: Run) -> None:
+    """F2: an artifact is published exactly with its attempt's accepted success; a checkpoint is of a task that goes on."""
+    files = run.files
+    if files is None:
+        return
+    where = f"run {run.uid}"
+    assert files.total == sum(len(made.refs) for made in files.published.values()), f"{where}: number of artifacts"
+    assert files.total <= RUN_ARTIFACTS, f"{where}: too many artifacts"
+    for task, made in files.published.items():
+        winner = next((a for a in run.history.get(task, ()) if a.state is AttemptState.SUCCEEDED), None)
+        maker = (winner.id, winner.cluster) if winner else None
+        assert maker == (made.attempt, made.cluster), f"F2 task {task} of {where}: artifacts of a loser {made.attempt}"
+        names = {ref.name for ref in made.refs}
+        assert len(names) == len(made.refs) <= ATTEMPT_ARTIFACTS, f"task {task} of {where}: names of artifacts"
+        assert RESULT not in names or task not in run.results, f"task {task} of {where}: two results"
+    for task, made in files.checkpoints.items():
+        assert not TaskState(run.states[task]).final, f"task {task} of {where}: final, and keeps a checkpoint"
+        attempt = made.attempt
+        number = checkpoint_number(made.refs[0].name)
+        assert number, f"task {task} of {where}: {made.refs[0].name} is no checkpoint"
+        assert run.attempt(task, attempt.n) is None or files.saved(attempt) == number, f"{attempt}: last checkpoint"
+    kept = {(task, a.id.n) for task, past in run.history.items() for a in past}
+    assert kept >= files.carried.keys(), f"{where}: checkpoints of attempts that are not kept"
+
+
 def _events(run: Run) -> None:
     numbers = [event.number for event in run.events]
     last = run.event_number
@@ -91,6 +118,13 @@ def _indices(state: ShardState) -> None:
     stops = {id_: a for run in state.runs.values() for id_, a in run.stops.items()}
     stops.update((id_, a) for kept in state.kept.values() for id_, a in kept.items())
     assert stops == {id_: a for here in state.stops_on.values() for id_, a in here.items()}, "F8 stops by cluster"
+    held: dict[str, dict[str, int]] = {}
+    for run in state.runs.values():
+        members = {a.id: a for each in run.live.values() for a in each} | run.stops
+        for attempt in members.values():
+            here, key = held.setdefault(attempt.cluster, {}), run.lanes[attempt.id.task].key
+            here[key] = here.get(key, 0) + 1
+    assert held == {cluster: here for cluster, here in state.held.items() if here}, "C4 room held by cluster and group"
     counts: dict[str, int] = {}
     for run in state.runs.values():
         alive = sum(map(len, run.live.values()))

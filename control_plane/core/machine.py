@@ -10,17 +10,19 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from control_plane.core.commands import Command, Outbox
-from control_plane.core.events import Event
+from control_plane.core.events import ARTIFACTS_LEVEL, Event
 from control_plane.core.model import Stamp
 
 
 class Batch:
-    """One batch in the making: a stamp, and the events so far. `emit` applies at once."""
+    """One batch in the making: a stamp, and the events so far. `emit` applies at once. `level` is the federation's feature level:
+    no event above it may be emitted (PROTOCOL J11)."""
 
-    __slots__ = ("_apply", "events", "stamp")
+    __slots__ = ("_apply", "events", "level", "stamp")
 
-    def __init__(self, stamp: Stamp, apply: Callable[[Event, Stamp], None]) -> None:
+    def __init__(self, stamp: Stamp, apply: Callable[[Event, Stamp], None], level: int = ARTIFACTS_LEVEL) -> None:
         self.stamp = stamp
+        self.level = level
         self.events: list[Event] = []
         self._apply = apply
 

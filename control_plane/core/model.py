@@ -160,8 +160,14 @@ class PythonCall:
     args_json: str
     requirements: tuple[str, ...] = ()
     code: str = ""
-    """Sha-256 of `code_zip`; both empty when the module is not packed."""
+    """Sha-256 of its packed code, empty when the module is not packed."""
     code_zip: bytes = b""
+    """The code itself; empty when it is stored, and fetched by its hash."""
+
+    @property
+    def stored(self) -> bool:
+        """Its code was stored before, and is not carried in the journal."""
+        return bool(self.code) and not self.code_zip
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +208,16 @@ class AttemptId(NamedTuple):
     task: int
     n: int
     nonce: str
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactRef:
+    """A file that an attempt made, as it reports it. `digest` is the sha-256 of its manifest; where it lies follows from the
+    attempt (PROTOCOL F1)."""
+
+    name: str
+    size: int
+    digest: bytes
 
 
 def fence_of(incarnation: int, n: int) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from control_plane.core.catalog import GraphHistory
+from control_plane.core.files import Files, Made
 from control_plane.core.losses import keeps
 from control_plane.core.model import AttemptId, TaskState, fence_of
 from control_plane.core.run import Attempt, Run
 from control_plane.core.state import ShardState
 from control_plane.core.views import (
+    ArtifactView,
     AttemptView,
     DispatchView,
     GraphView,
@@ -49,6 +51,7 @@ def run_view(run: Run) -> RunView:
 
 def attempt_view(run: Run, attempt: Attempt) -> AttemptView:
     """An attempt of a live run."""
+    saved, resumed = run.files.told(attempt.id) if run.files else ("", "")
     return AttemptView(
         id=attempt.id,
         incarnation=attempt.incarnation,
@@ -67,12 +70,43 @@ def attempt_view(run: Run, attempt: Attempt) -> AttemptView:
         exit_code=attempt.exit_code,
         message=attempt.message,
         refused_results=attempt.refused,
+        checkpoint=saved,
+        resumed_from=resumed,
     )
+
+
+def artifact_views(run: Run, made: Made | None) -> tuple[ArtifactView, ...]:
+    """What an attempt of a live run made."""
+    if made is None:
+        return ()
+    task_id, namespace = run.tasks[made.attempt.task].id, run.header.namespace
+    return tuple(ArtifactView(namespace, task_id, made.attempt, made.cluster, ref) for ref in made.refs)
+
+
+def published(run: Run, start: int, limit: int) -> list[ArtifactView]:
+    """Artifacts of tasks from index `start` on, in order of task; those of a task come together, so there may be a few more than
+    `limit`."""
+    found: list[ArtifactView] = []
+    if run.files is not None:
+        for task in sorted(task for task in run.files.published if task >= start):
+            if len(found) >= limit:
+                break
+            found += artifact_views(run, run.files.published[task])
+    return found
+
+
+def _inputs(run: Run, files: Files, parents: Iterable[int]) -> tuple[ArtifactView, ...]:
+    made = (files.published.get(parent) for parent in parents)
+    return tuple(view for of in made for view in artifact_views(run, of))
+
+
+def _first(views: tuple[ArtifactView, ...]) -> ArtifactView | None:
+    return views[0] if views else None
 
 
 def task_view(state: ShardState, run: Run, index: int) -> TaskView:
     """A task with all its kept attempts. Why it waits for a place is the scheduler's sentence."""
-    task = run.tasks[index]
+    task, files = run.tasks[index], run.files
     value = TaskState(run.states[index])
     reason = run.reasons.get(index, "")
     if index in run.tickets:
@@ -88,6 +122,8 @@ def task_view(state: ShardState, run: Run, index: int) -> TaskView:
         result=run.results.get(index, b""),
         accepted_results=run.accepted[index],
         spec=task.spec,
+        artifacts=artifact_views(run, files.published.get(index)) if files else (),
+        checkpoint=_first(artifact_views(run, files.checkpoints.get(index))) if files else None,
     )
 
 
@@ -105,7 +141,7 @@ def task_views(state: ShardState, run: Run, start: int, limit: int, states: Coll
 
 def dispatch_view(run: Run, attempt: Attempt) -> DispatchView:
     """What its agent is told of a live attempt."""
-    index = attempt.id.task
+    index, files = attempt.id.task, run.files
     task, header = run.tasks[index], run.header
     return DispatchView(
         run=f"namespaces/{header.namespace}/runs/{header.run_id}",
@@ -119,6 +155,8 @@ def dispatch_view(run: Run, attempt: Attempt) -> DispatchView:
         n=attempt.id.n,
         fence=fence_of(attempt.incarnation, attempt.id.n),
         keep_at_fence=keeps(run, index),
+        artifacts=_inputs(run, files, task.parents) if files else (),
+        checkpoint=_first(artifact_views(run, files.start_from(attempt.id))) if files else None,
     )
 
 

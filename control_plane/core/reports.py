@@ -3,7 +3,8 @@
 Theory: a report is settled by the attempt's membership in its task's live set, never by time or generation. A live member's
 success is accepted once; its failure removes it; what comes from an attempt that is not live changes no task: a success is
 counted as refused, everything else is known already. Every report is acknowledged, so that the agent may forget it; it
-came here at least once, and may come again. Reports of other clusters' attempts are acknowledged and ignored.
+came here at least once, and may come again. Reports of other clusters' attempts are acknowledged and ignored. What a success made is
+published with it (`core.publishing`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from control_plane.core.events import (
 )
 from control_plane.core.machine import Batch
 from control_plane.core.model import AttemptId, AttemptState, Outcome
+from control_plane.core.publishing import Publishing, commit_checkpoints
 from control_plane.core.run import Attempt, Run
 from control_plane.core.state import ShardState
 
@@ -62,6 +64,8 @@ Row = tuple[int, int, AttemptState, bool, int | None, bytes, str, float, float]
 def take_reports(state: ShardState, command: TakeReports, batch: Batch) -> tuple[AttemptId, ...]:
     """Settle one agent's reports. Returns the attempts to be acknowledged."""
     _started(state, command, batch)
+    if command.checkpoints:
+        commit_checkpoints(command.checkpoints, lambda id_: _reported(state, command.cluster, id_), batch)
     gone = _finished(state, command, batch)
     _rejected(state, command, batch, gone)
     confirm_stops(state, command.cluster, command.stopped, batch)
@@ -115,6 +119,7 @@ def _finished(state: ShardState, command: TakeReports, batch: Batch) -> set[Atte
     refused: dict[str, dict[AttemptId, str]] = {}
     succeeded: set[tuple[str, int]] = set()
     sizes: dict[str, int] = {}
+    publishing = Publishing(batch.level)
     for finish in command.finished:
         id_ = finish.attempt
         found = _reported(state, command.cluster, id_)
@@ -125,8 +130,12 @@ def _finished(state: ShardState, command: TakeReports, batch: Batch) -> set[Atte
         if run.is_live(attempt) and task not in succeeded:
             used = sizes.get(id_.run, run.result_bytes)
             row = _row(finish, used)
+            if finish.artifacts and row[2] is AttemptState.SUCCEEDED and (fault := publishing.add(run, finish)):
+                row = (*row[:2], AttemptState.FAILED, False, row[4], b"", fault[:MESSAGE_LIMIT], *row[7:])
             if row[2] is AttemptState.SUCCEEDED:
                 succeeded.add(task)
+                if finish.start:
+                    state.run_times.learn(run.lanes[id_.task].key, finish.end - finish.start)
                 sizes[id_.run] = used + len(row[5])
             gone.add(id_)
             rows.setdefault(id_.run, []).append(row)
@@ -134,6 +143,7 @@ def _finished(state: ShardState, command: TakeReports, batch: Batch) -> set[Atte
                 _free(state, run, attempt)
         elif finish.outcome is Outcome.SUCCEEDED and not attempt.reported:
             refused.setdefault(id_.run, {})[id_] = finish.message[:MESSAGE_LIMIT] or "its fence was no longer good"
+    publishing.emit(batch)
     for uid, columns in rows.items():
         _emit_finished(uid, columns, batch)
     for uid, late in refused.items():

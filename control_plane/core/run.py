@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from control_plane.core.deadline import tails
 from control_plane.core.events import RunCreated
+from control_plane.core.files import Files
 from control_plane.core.model import (
     AttemptId,
     AttemptState,
@@ -85,6 +86,7 @@ class Run:
         "event_number",
         "events",
         "failed_parents",
+        "files",
         "finished",
         "header",
         "history",
@@ -146,6 +148,8 @@ class Run:
         self.reasons: dict[int, str] = {}
         self.results: dict[int, bytes] = {}
         self.result_bytes = 0
+        self.files: Files | None = None
+        """Artifacts and checkpoints, from the first one on."""
         self.history: dict[int, list[Attempt]] = {}
         self.live: dict[int, list[Attempt]] = {}
         self.stops: dict[AttemptId, Attempt] = {}
@@ -238,6 +242,8 @@ class Run:
             oldest = next((a for a in past if a not in live and a.id not in self.stops and a is not attempt), None)
             if oldest is not None:
                 past.remove(oldest)
+                if self.files:
+                    self.files.forget(oldest.id.task, oldest.id.n)
 
     def note(self, wall: float, kind: str, rows: list[tuple[int, int, int, str, str]]) -> None:
         """Append one numbered run event; a row is (task, state, n, cluster, reason)."""

@@ -179,6 +179,10 @@ def _attributes(task: TaskFacts, held: Held, all_held: Sequence[Held]) -> tuple[
         found.append(("baton.hedge", True))
     if of.refused:
         found.append(("baton.refused_results", of.refused))
+    if of.resumed:
+        found.append(("baton.resumed_from_checkpoint", of.resumed))
+    if of.checkpoint:
+        found.append(("baton.checkpoint", of.checkpoint))
     if of.exit_code is not None:
         found.append(("baton.exit_code", of.exit_code))
     if of.state in (AttemptState.FAILED, AttemptState.LOST):

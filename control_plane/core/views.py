@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from control_plane.core.model import (
+    ArtifactRef,
     AttemptId,
     AttemptState,
     Evidence,
@@ -19,6 +20,17 @@ from control_plane.core.model import (
     TaskState,
     fence_of,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactView:
+    """A file that an attempt of a task made, with all that is needed to find it (PROTOCOL F1). `cluster` is a uid."""
+
+    namespace: str
+    task_id: str
+    attempt: AttemptId
+    cluster: str
+    ref: ArtifactRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +54,10 @@ class AttemptView:
     exit_code: int | None
     message: str
     refused_results: int
+    checkpoint: str = ""
+    """Its last committed checkpoint, by name."""
+    resumed_from: str = ""
+    """The checkpoint it was placed with: `{n}/{name}`."""
 
     @property
     def fence(self) -> str:
@@ -63,6 +79,10 @@ class TaskView:
     result: bytes
     accepted_results: int
     spec: TaskSpec
+    artifacts: tuple[ArtifactView, ...] = ()
+    """Of the accepted attempt."""
+    checkpoint: ArtifactView | None = None
+    """The last committed one, if the task is not final."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +148,8 @@ class RunRecord:
 
 @dataclass(frozen=True, slots=True)
 class DispatchView:
-    """What an agent is told of a live attempt. `inputs`: parent id -> its accepted result, only those with a result."""
+    """What an agent is told of a live attempt. `inputs`: parent id -> its accepted result, only those with an inline result.
+    `artifacts`: of the parents. `checkpoint`: the last committed one, of an earlier attempt."""
 
     run: str
     namespace: str
@@ -141,17 +162,21 @@ class DispatchView:
     n: int
     fence: str
     keep_at_fence: bool
+    artifacts: tuple[ArtifactView, ...] = ()
+    checkpoint: ArtifactView | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DemandLine:
-    """Ready tasks of a group (PROTOCOL C1). Slack in seconds, may be negative; `since_wall`: when the oldest became ready."""
+    """Ready tasks of a group (PROTOCOL C1). Slack in seconds, may be negative; `since_wall`: when the oldest became ready;
+    `run_seconds`: learned run time of one, 0 if it is not known."""
 
     key: str
     group: Group
     count: int
     slack_seconds: float
     since_wall: float
+    run_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from control_plane.codec import FEATURE_LEVEL
 from control_plane.controller import CycleConfig
 from control_plane.manifest import Manifest
 from control_plane.recovery import recover
@@ -93,6 +94,28 @@ async def test_j9_the_manifest_remembers_every_trimmed_nonce(server: MemoryEtcd)
     manifest = Manifest.parse(server.keyspace.live[keys.snapshot_manifest("00")].value)
     assert [(seq, manifest.nonce_at(seq)) for seq, _ in marks] == marks
     assert (manifest.seq, manifest.nonce) == marks[-1]
+
+
+@story
+async def test_j11_a_snapshot_is_as_new_as_the_batches_in_it(server: MemoryEtcd) -> None:
+    """While the federation is at an older level, a program of that level may take the shard over and must read it."""
+
+    def level() -> int:
+        return Manifest.parse(server.keyspace.live[keys.snapshot_manifest("00")].value).level
+
+    a = await Replica(server, "a").start("00")
+    a.controller.set_feature_level(FEATURE_LEVEL - 1)
+    await asked(a, "x")
+    await snapshotter(a).snapshot(job_of(a))
+    assert level() == FEATURE_LEVEL - 1
+    a.controller.set_feature_level(FEATURE_LEVEL)
+    await asked(a, "y")
+    await snapshotter(a).snapshot(job_of(a))
+    assert level() == FEATURE_LEVEL
+    a.controller.set_feature_level(FEATURE_LEVEL - 1)
+    await asked(a, "z")
+    await snapshotter(a).snapshot(job_of(a))
+    assert level() == FEATURE_LEVEL, "what an earlier snapshot folded is still in it"
 
 
 @story

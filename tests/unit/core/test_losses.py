@@ -507,3 +507,15 @@ def test_s1_an_agent_speaks_only_of_its_own_cluster() -> None:
     acked = shard.do(TakeReports("b", 1, finished=(report,), rejected=((first, "full"),), stopped=(first,)))
     assert acked == (first,)
     assert shard.last() == []
+
+
+def test_s5_the_same_table_is_told_again_only_while_something_lives() -> None:
+    shard = Shard(facts("a"))
+    shard.create(task("t"))
+    seq = shard.table.seq
+    assert shard.machine.levelled(seq)
+    assert shard.machine.bare
+    assert not shard.machine.levelled(seq + 1)
+    shard.grant("a")
+    assert not shard.machine.levelled(seq), "a level heals what was placed just before it"
+    assert not shard.machine.bare

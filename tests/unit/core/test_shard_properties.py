@@ -10,9 +10,21 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from control_plane.core.commands import Archived, DropGrants, Finish, GenerationFenced, Held, Refused, TakeReports, Tick
+from control_plane.core.commands import (
+    Archived,
+    DropGrants,
+    Finish,
+    GenerationFenced,
+    Held,
+    Refused,
+    SavedCheckpoint,
+    TakeReports,
+    Tick,
+)
+from control_plane.core.events import CheckpointsCommitted
 from control_plane.core.model import (
     Admission,
+    ArtifactRef,
     AttemptId,
     AttemptState,
     Evidence,
@@ -30,6 +42,8 @@ from control_plane.core.model import (
 from tests.unit.core.shard_kit import Shard, facts
 
 CLUSTERS = ("a", "b", "c")
+
+artifact_names = st.sampled_from([(), (), ("x",), ("x", "y"), ("bad/name",)])
 
 rarely = st.sampled_from([False, False, True])
 
@@ -128,7 +142,8 @@ class ShardMachine(RuleBasedStateMachine):
     )
     def finished(self, data: st.DataObject, outcome: Outcome, again: bool) -> None:
         id_ = data.draw(st.sampled_from(self.known))
-        report = Finish(id_, outcome, 0, f"{id_.task}.{id_.n}".encode(), "said", self.shard.now, self.shard.now)
+        made = tuple(ArtifactRef(name, id_.n, bytes(32)) for name in data.draw(artifact_names))
+        report = Finish(id_, outcome, 0, f"{id_.task}.{id_.n}".encode(), "said", self.shard.now, self.shard.now, made)
         acked = self.shard.do(TakeReports(self.placed_on[id_], 1, finished=(report,) * (2 if again else 1)))
         assert acked == (id_,)
 
@@ -141,6 +156,18 @@ class ShardMachine(RuleBasedStateMachine):
             self.shard.do(TakeReports(cluster, 1, started=((id_, self.shard.now),)))
         else:
             self.shard.do(TakeReports(cluster, 1, rejected=((id_, "full"),)))
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data(), number=st.integers(1, 4))
+    def saved(self, data: st.DataObject, number: int) -> None:
+        """A checkpoint is taken exactly from a live attempt that has saved no later one."""
+        id_ = data.draw(st.sampled_from(self.known))
+        before = self.shard.machine.attempt(id_)
+        told = SavedCheckpoint(id_, ArtifactRef(f"checkpoint-{number}", number, bytes(32)))
+        self.shard.do(TakeReports(self.placed_on[id_], 1, checkpoints=(told,)))
+        newer = before is not None and before.checkpoint < told.ref.name
+        taken = any(isinstance(event, CheckpointsCommitted) for event in self.shard.last())
+        assert taken == (before is not None and before.live and newer)
 
     @rule(cluster=st.sampled_from(CLUSTERS))
     def stopped(self, cluster: str) -> None:
@@ -255,6 +282,17 @@ class ShardMachine(RuleBasedStateMachine):
                 assert len(winners) <= 1
                 if winners:
                     assert self.succeeded.setdefault(key, winners[0]) == winners[0]
+
+    @invariant()
+    def what_a_loser_made_is_not_seen(self) -> None:
+        """F2: published artifacts are those of the attempt that succeeded; a dispatch starts from an earlier attempt's checkpoint."""
+        for number in range(1, self.runs + 1):
+            for view in self.shard.machine.tasks(f"r{number}", 0, 100):
+                assert {each.attempt for each in view.artifacts} <= {self.succeeded.get((f"r{number}", view.index))}
+                for attempt in view.attempts:
+                    told = self.shard.machine.dispatch(attempt.id)
+                    if told is not None and told.checkpoint is not None:
+                        assert told.checkpoint.attempt.n < attempt.id.n
 
     @invariant()
     def overlap_is_said_first(self) -> None:

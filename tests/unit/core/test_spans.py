@@ -5,8 +5,17 @@ from __future__ import annotations
 import itertools
 
 from control_plane import agent_codec
-from control_plane.core.commands import Finish, GenerationFenced, TakeReports
-from control_plane.core.model import AttemptId, AttemptState, Evidence, Outcome, RetryPolicy, RunState, TaskState
+from control_plane.core.commands import Finish, GenerationFenced, SavedCheckpoint, TakeReports
+from control_plane.core.model import (
+    ArtifactRef,
+    AttemptId,
+    AttemptState,
+    Evidence,
+    Outcome,
+    RetryPolicy,
+    RunState,
+    TaskState,
+)
 from control_plane.core.shard import RunShard
 from control_plane.core.span_model import (
     AttemptFacts,
@@ -282,3 +291,27 @@ def test_two_owners_at_once_are_counted_by_the_order_of_the_journal() -> None:
     assert overlapping_owners([row("placed", 1), row("failed", 1, TaskState.FAILED), row("placed", 2)]) == 0
     shard = failed_over()
     assert overlapping_owners(changes(record(shard.machine).events)) == 0
+
+
+def test_a_trace_shows_what_was_saved_and_from_where_it_went_on() -> None:
+    shard = Shard(cluster("x"))
+    shard.create(task("a"))
+    shard.grant("x")
+    first = shard.only()
+    for number in (39, 40):
+        shard.later(20)
+        ref = ArtifactRef(f"checkpoint-{number}", 7, bytes(32))
+        shard.do(TakeReports("x", 1, checkpoints=(SavedCheckpoint(first, ref),)))
+    shard.fleet(cluster("x", generation(1, evidence=Evidence.TIMED)), cluster("y"))
+    shard.do(GenerationFenced("x", 1, Evidence.TIMED))
+    shard.settled()
+    shard.grant("y")
+    report(shard, shard.only(), 1)
+    one, two = owners(trace(shard))
+    assert [(e.name, e.detail) for e in one.events][:2] == [
+        ("checkpoint", "saved checkpoint-39, 7 bytes"),
+        ("checkpoint", "saved checkpoint-40, 7 bytes"),
+    ]
+    assert dict(one.attributes)["baton.checkpoint"] == "checkpoint-40"
+    assert dict(two.attributes)["baton.resumed_from_checkpoint"] == "1/checkpoint-40"
+    assert trace(shard, shard.restored()) == trace(shard, shard.replayed()) == trace(shard)
