@@ -13,16 +13,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from baton import checkpoint, testing
     from baton.client import AsyncClient
+    from baton.client_sync import Client
     from baton.errors import BatonError
+    from baton.inside import artifact_path, input_path
     from baton.sdk import Graph, Handle, Options, Task, task
-    from baton.sdk_run import Results, RunFailed
+    from baton.sdk_run import Results, RunFailed, StartedRun
 
-__all__ = ["AsyncClient", "BatonError", "Graph", "Handle", "Options", "Results", "RunFailed", "Task", "task"]
+__all__ = [
+    "AsyncClient",
+    "BatonError",
+    "Client",
+    "Graph",
+    "Handle",
+    "Options",
+    "Results",
+    "RunFailed",
+    "StartedRun",
+    "Task",
+    "artifact_path",
+    "checkpoint",
+    "input_path",
+    "task",
+    "testing",
+]
 
 _HOMES = {
     "AsyncClient": "baton.client",
     "BatonError": "baton.errors",
+    "artifact_path": "baton.inside",
+    "input_path": "baton.inside",
+    "Client": "baton.client_sync",
     "Graph": "baton.sdk",
     "Handle": "baton.sdk",
     "Options": "baton.sdk",
@@ -30,10 +52,13 @@ _HOMES = {
     "task": "baton.sdk",
     "Results": "baton.sdk_run",
     "RunFailed": "baton.sdk_run",
+    "StartedRun": "baton.sdk_run",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("checkpoint", "testing"):
+        return importlib.import_module(f"baton.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'baton' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -18,7 +18,8 @@ from typing import Self
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from baton import client_streams, names, requestid
+from baton import client_results, client_streams, names, requestid
+from baton.client_artifacts import Artifacts
 from baton.client_call import TRY_SECONDS, Answer, Caller, Endpoint, Tls
 from baton.client_streams import FINAL_STATES
 from baton.clock import Clock, Entropy, SystemClock, SystemEntropy
@@ -68,6 +69,8 @@ class AsyncClient:
         self._entropy = entropy or SystemEntropy()
         self._timeout = timeout
         self._caller = Caller(endpoints, tls=tls, clock=self.clock, entropy=self._entropy)
+        self.artifacts = Artifacts(self._caller)
+        """Files that tasks made, and code archives: see `baton.client_artifacts`."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -104,7 +107,8 @@ class AsyncClient:
         annotations: Mapping[str, str] | None = None,
         request_id: str = "",
     ) -> run_pb2.Run:
-        """Creates a run of `spec` or of a stored `graph`. `deadline` is absolute, in seconds since the epoch.
+        """Creates a run of `spec` or of a stored `graph`. `deadline` is absolute, in seconds since the epoch. Code over 64 KiB is
+        stored first (`artifacts.store_codes`).
 
         Raises InvalidField (fields named), NameTaken, Infeasible, LimitExceeded, QuotaExceeded, Unreachable.
         """
@@ -112,7 +116,7 @@ class AsyncClient:
             request_id=request_id or self.new_request_id(),
             namespace=namespace,
             run_id=run_id,
-            spec=spec,
+            spec=spec and await self.artifacts.store_codes(namespace, spec),
             graph=graph,
             graph_version=graph_version,
             deadline_time=_timestamp(deadline),
@@ -201,6 +205,13 @@ class AsyncClient:
                 run = message.run
         return run
 
+    async def as_completed(self, run: str, *, patience: float = PATIENCE_SECONDS) -> AsyncIterator[run_pb2.TaskStatus]:
+        """Each task of a run once, with its result, as soon as it is final; ends with the run. Raises as watch_run."""
+        now = await self.get_run(run)
+        watched = self.watch_run(run, after_event=now.event_number, patience=patience)
+        async for task in client_results.as_completed(now, self.get_task, lambda: self.list_tasks(run), watched):
+            yield task
+
     def follow_logs(
         self, task: str, *, attempt: int = 0, offset: int = 0, follow: bool = True, patience: float = PATIENCE_SECONDS
     ) -> AsyncIterator[run_pb2.FollowLogsResponse]:
@@ -237,7 +248,7 @@ class AsyncClient:
             request_id=request_id or self.new_request_id(),
             namespace=namespace,
             graph_id=graph_id,
-            spec=spec,
+            spec=await self.artifacts.store_codes(namespace, spec),
             labels=labels,
             annotations=annotations,
             etag=etag,

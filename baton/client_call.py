@@ -21,7 +21,7 @@ from grpc_status import rpc_status
 
 from baton.clock import Clock, Entropy
 from baton.errors import NOT_APPLIED, UNKNOWN, BatonError, Denied, InvalidField, TimedOut, Unreachable, from_status
-from baton.v1 import admin_pb2_grpc, cluster_pb2_grpc, graph_pb2_grpc, run_pb2_grpc, trace_pb2_grpc
+from baton.v1 import admin_pb2_grpc, artifact_pb2_grpc, cluster_pb2_grpc, graph_pb2_grpc, run_pb2_grpc, trace_pb2_grpc
 
 Answer = TypeVar("Answer")
 
@@ -82,6 +82,7 @@ class Endpoint:
         self.graphs = graph_pb2_grpc.GraphServiceStub(self.channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(self.channel)
         self.traces = trace_pb2_grpc.TraceServiceStub(self.channel)
+        self.artifacts = artifact_pb2_grpc.ArtifactServiceStub(self.channel)
 
 
 class Caller:

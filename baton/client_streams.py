@@ -46,7 +46,7 @@ class _Gap(Exception):
     """A stream skipped an event."""
 
 
-class _Patience:
+class Patience:
     """How long a stream may fail to be had before its user is told; any sign of life starts it anew."""
 
     def __init__(self, caller: Caller, seconds: float) -> None:
@@ -76,7 +76,7 @@ async def watch_run(
     """The run's events after a number, each once, in order, until the run is final. Raises BatonError."""
     last = after_event
     gaps = 0
-    waiting = _Patience(caller, patience)
+    waiting = Patience(caller, patience)
     while True:
         endpoint = caller.endpoint
         request = run_pb2.WatchRunRequest(name=name, after_event=last)
@@ -118,7 +118,7 @@ async def _fresh(
     stream: grpc.aio.UnaryStreamCall[run_pb2.WatchRunRequest, run_pb2.WatchRunResponse], last: int
 ) -> AsyncIterator[run_pb2.WatchRunResponse]:
     """A stream's messages without events up to `last`. Raises _Gap, TimeoutError after silence, AioRpcError."""
-    while (message := await _next(stream)) is not None:
+    while (message := await next_message(stream)) is not None:
         fresh = [event for event in message.events if event.number > last]
         for event in fresh:
             if event.number != last + 1:
@@ -130,7 +130,7 @@ async def _fresh(
             yield run_pb2.WatchRunResponse(events=fresh, run=message.run if message.HasField("run") else None)
 
 
-async def _next(stream: grpc.aio.UnaryStreamCall[Any, Message]) -> Message | None:
+async def next_message(stream: grpc.aio.UnaryStreamCall[Any, Message]) -> Message | None:
     """The next message, None at the end. Raises TimeoutError after too long a silence, AioRpcError."""
     message = await asyncio.wait_for(stream.read(), SILENCE_SECONDS)
     return None if message is grpc.aio.EOF else cast("Message", message)
@@ -153,13 +153,13 @@ async def follow_logs(
 
     With `attempt` 0 the newest attempt is chosen once, by the server, and kept over reconnects.
     """
-    waiting = _Patience(caller, patience)
+    waiting = Patience(caller, patience)
     while True:
         endpoint = caller.endpoint
         request = run_pb2.FollowLogsRequest(task=task, attempt=attempt, offset=offset, follow=follow)
         stream = endpoint.runs.FollowLogs(request, timeout=STREAM_SECONDS)
         try:
-            while (piece := await _next(stream)) is not None:
+            while (piece := await next_message(stream)) is not None:
                 attempt = attempt or piece.attempt
                 caller.answered = True
                 seen = offset - piece.offset

@@ -14,7 +14,16 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from typing import Protocol
+
+
+class Alarm(Protocol):
+    """Something that will happen, and can be called off."""
+
+    def cancel(self) -> object:
+        """It does not happen any more; nothing, if it has."""
+        ...
 
 
 class Clock(Protocol):
@@ -30,6 +39,11 @@ class Clock(Protocol):
 
     async def sleep(self, seconds: float) -> None:
         """Suspend the calling task for `seconds` of this node's time."""
+        ...
+
+    def later(self, seconds: float, action: Callable[[], object]) -> Alarm:
+        """Call `action` on the running loop after `seconds` of this node's time. Costs no task: for time-outs, which are
+        set thousands of times and hardly ever come. `action` must be quick and must not raise."""
         ...
 
 
@@ -56,6 +70,9 @@ class SystemClock:
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+    def later(self, seconds: float, action: Callable[[], object]) -> Alarm:
+        return asyncio.get_running_loop().call_later(seconds, action)
 
 
 class SystemEntropy:

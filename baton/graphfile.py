@@ -15,22 +15,12 @@ from pathlib import Path
 
 from google.protobuf.duration_pb2 import Duration
 
-from baton import graphfile_python, names, quantity, validate
+from baton import graphfile_python, graphschema, names, quantity, validate
 from baton.graphfile_yaml import GraphFileError, Node, Problem, Reader, parse, read_text
 from baton.v1 import graph_pb2
 
 __all__ = ["GraphFile", "GraphFileError", "Problem", "load", "loads"]
 
-API_VERSION = "baton/v1"
-KIND = "Graph"
-
-_TOP = ("apiVersion", "kind", "metadata", "spec")
-_METADATA = ("name", "labels", "annotations")
-_SPEC = ("deadline", "priority", "defaults", "tasks")
-_RESOURCES = ("cpu", "memory", "disk", "processes", "extended")
-_RETRY = ("attempts", "backoff", "max_backoff", "multiplier", "losses")
-_TRIGGERS = ("all_succeeded", "all_done", "any_failed", "none_failed")
-_POLICIES = ("rerun_after_fence", "wait", "never_rerun")
 _LAST_STEP = re.compile(r"(\.[A-Za-z_]+|\[\d+\]|\[\"[^\"]*\"\])$")
 _OF_TASK = re.compile(r"spec\.tasks\[\d+\]")
 _MAX_INT32 = 2**31 - 1
@@ -113,8 +103,8 @@ class _Loading:
     def graph(self, top: Node) -> GraphFile:
         """The whole file; complaints are in the reader."""
         reader = self.reader
-        entries = reader.mapping(top, _TOP)
-        for key, wanted in (("apiVersion", API_VERSION), ("kind", KIND)):
+        entries = reader.mapping(top, graphschema.TOP)
+        for key, wanted in (("apiVersion", graphschema.API_VERSION), ("kind", graphschema.KIND)):
             if key in entries:
                 reader.choice(entries[key], [wanted])
             elif top.kind == "map":
@@ -125,7 +115,7 @@ class _Loading:
         absolute: float | None = None
         priority = 0
         if "spec" in entries:
-            parts = reader.mapping(entries["spec"], _SPEC)
+            parts = reader.mapping(entries["spec"], graphschema.SPEC)
             if "deadline" in parts:
                 self._mark("deadline_time", parts["deadline"])
                 relative, absolute = self._deadline(parts["deadline"])
@@ -139,7 +129,7 @@ class _Loading:
     def _metadata(self, node: Node | None) -> tuple[str, dict[str, str], dict[str, str]]:
         if node is None:
             return "", {}, {}
-        entries = self.reader.mapping(node, _METADATA)
+        entries = self.reader.mapping(node, graphschema.METADATA)
         name = ""
         if "name" in entries:
             name = self.reader.text(entries["name"]) or ""
@@ -178,7 +168,7 @@ class _Loading:
     def _tasks(self, spec_node: Node, parts: dict[str, Node], spec: graph_pb2.GraphSpec) -> None:
         defaults = graph_pb2.Task()
         if "defaults" in parts:
-            allowed = [key for key in self._setters if key not in {"id", "parents", "after"}]
+            allowed = [key for key in graphschema.TASK if key not in graphschema.OF_ONE_TASK]
             for key, node in self.reader.mapping(parts["defaults"], allowed).items():
                 self._setters[key](defaults, node, "")
             self._default_origin = {path: at for path, at in self._origin.items() if path.startswith(".")}
@@ -193,7 +183,7 @@ class _Loading:
             self._origin[at] = (node.line, at)
             task = spec.tasks.add()
             task.CopyFrom(defaults)
-            entries = self.reader.mapping(node, self._setters)
+            entries = self.reader.mapping(node, graphschema.TASK)
             if "parents" in entries and "after" in entries:
                 self.reader.complain(entries["after"], "is given beside `parents`", "they mean the same; keep one")
             graphfile_python.choose_kind(task, entries, self.reader)
@@ -253,13 +243,13 @@ class _Loading:
 
     def _trigger(self, task: graph_pb2.Task, node: Node, at: str) -> None:
         self._mark(f"{at}.trigger_rule", node)
-        word = self.reader.choice(node, _TRIGGERS)
+        word = self.reader.choice(node, graphschema.TRIGGERS)
         if word:
             task.trigger_rule = graph_pb2.TriggerRule.Value(f"TRIGGER_RULE_{word.upper()}")
 
     def _on_cluster_lost(self, task: graph_pb2.Task, node: Node, at: str) -> None:
         self._mark(f"{at}.on_cluster_lost", node)
-        word = self.reader.choice(node, _POLICIES)
+        word = self.reader.choice(node, graphschema.POLICIES)
         if word:
             task.on_cluster_lost = graph_pb2.OnClusterLost.Value(f"ON_CLUSTER_LOST_{word.upper()}")
 
@@ -293,7 +283,7 @@ class _Loading:
     def _resources(self, task: graph_pb2.Task, node: Node, at: str) -> None:
         self._mark(f"{at}.resources", node)
         into = task.resources
-        for key, item in self.reader.mapping(node, _RESOURCES).items():
+        for key, item in self.reader.mapping(node, graphschema.RESOURCES).items():
             path = f"{at}.resources"
             if key == "cpu":
                 into.cpu_millis = self._amount(item, f"{path}.cpu_millis", quantity.cpu_millis)
@@ -310,7 +300,7 @@ class _Loading:
     def _retry(self, task: graph_pb2.Task, node: Node, at: str) -> None:
         self._mark(f"{at}.retry", node)
         into = task.retry
-        for key, item in self.reader.mapping(node, _RETRY).items():
+        for key, item in self.reader.mapping(node, graphschema.RETRY).items():
             if key == "attempts":
                 into.max_attempts = self._whole(item, f"{at}.retry.max_attempts", least=1)
             elif key == "losses":

@@ -10,18 +10,17 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from baton import graphschema
 from baton.graphfile_yaml import Node, Reader
 from baton.pythontask import ARGS_KEY, RESULT_KEY
 from baton.v1 import graph_pb2
-
-_KEYS = ("function", "args", "kwargs", "requirements")
 
 
 def read(reader: Reader, node: Node, into: graph_pb2.PythonTask, mark: Callable[[str, Node], None]) -> None:
     """Fill in the call; `mark(path, node)` notes where each part of it stands."""
     mark("", node)
     into.SetInParent()
-    entries = reader.mapping(node, _KEYS)
+    entries = reader.mapping(node, graphschema.PYTHON)
     arguments: dict[str, Any] = {}
     for key, item in entries.items():
         if key == "function":

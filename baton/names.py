@@ -27,8 +27,12 @@ MAX_ANNOTATION_BYTES = 16 * 1024
 _QUOTED = 60
 """Characters of foreign text that a message repeats: a 1 MB name must not make a 1 MB error."""
 
-_ID = re.compile(r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?")
-_TASK_ID = re.compile(r"[a-z0-9](?:[-a-z0-9_.]{0,61}[a-z0-9])?")
+ID_GRAMMAR = re.compile(r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?")
+"""Of ids of namespaces, graphs, runs and clusters, to be matched whole."""
+
+TASK_ID_GRAMMAR = re.compile(r"[a-z0-9](?:[-a-z0-9_.]{0,61}[a-z0-9])?")
+"""Of ids of tasks."""
+
 _LABEL_KEY = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9_./]{0,125}[A-Za-z0-9])?")
 _LABEL_VALUE = re.compile(r"(?:[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 _TAINT = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9_./=:]{0,126}[A-Za-z0-9])?")
@@ -96,12 +100,12 @@ def quote(text: str) -> str:
 
 def id_problem(text: str) -> str | None:
     """What is wrong with an id of a namespace, graph, run or cluster; None if nothing is."""
-    return _problem(text, _ID, "a-z, 0-9 and '-', beginning and ending with a letter or digit")
+    return _problem(text, ID_GRAMMAR, "a-z, 0-9 and '-', beginning and ending with a letter or digit")
 
 
 def task_id_problem(text: str) -> str | None:
     """What is wrong with a task's id; None if nothing is."""
-    return _problem(text, _TASK_ID, "a-z, 0-9, '-', '_' and '.', beginning and ending with a letter or digit")
+    return _problem(text, TASK_ID_GRAMMAR, "a-z, 0-9, '-', '_' and '.', beginning and ending with a letter or digit")
 
 
 def label_key_problem(text: str) -> str | None:

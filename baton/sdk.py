@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, overlo
 from baton import pythontask
 
 if TYPE_CHECKING:
-    from baton.sdk_run import Results
+    from baton.sdk_run import AsyncStartedRun, Results, StartedRun
     from baton.v1 import graph_pb2
 
 __all__ = ["Graph", "Handle", "Options", "Task", "task"]
@@ -228,20 +228,29 @@ class Graph:
 
         Raises RunFailed (with the tasks that failed) and BatonError.
         """
-        import asyncio  # noqa: PLC0415 - a worker that imports this script needs none of it
-
-        return asyncio.run(self.run_async(deadline=deadline, endpoint=endpoint, **where))
+        return self.start(deadline=deadline, endpoint=endpoint, **where).results()
 
     async def run_async(self, *, deadline: str | float, endpoint: str | Sequence[str] = (), **where: Any) -> Results:
         """As `run`, on the caller's loop."""
-        if os.environ.get("BATON_IMPORTING"):
-            raise RuntimeError(
-                'a worker imported this script, which runs a graph: put that under if __name__ == "__main__"'
-            )
+        return await (await self.start_async(deadline=deadline, endpoint=endpoint, **where)).results()
+
+    def start(self, *, deadline: str | float, endpoint: str | Sequence[str] = (), **where: Any) -> StartedRun:
+        """Creates a run and does not wait: `as_completed()` of what it returns gives results as they come. As `run` otherwise."""
+        _refuse_in_worker()
+        from baton import client_sync, sdk_run  # noqa: PLC0415 - loads gRPC
+
+        work = self.start_async(deadline=deadline, endpoint=endpoint, **where)
+        return sdk_run.StartedRun(client_sync.wait(work))
+
+    async def start_async(
+        self, *, deadline: str | float, endpoint: str | Sequence[str] = (), **where: Any
+    ) -> AsyncStartedRun:
+        """As `start`, on the caller's loop."""
+        _refuse_in_worker()
         from baton import sdk_run  # noqa: PLC0415 - loads gRPC
 
         endpoints = (endpoint,) if isinstance(endpoint, str) and endpoint else tuple(endpoint)
-        return await sdk_run.run(self, deadline=deadline, endpoints=endpoints, **where)
+        return await sdk_run.start(self, deadline=deadline, endpoints=endpoints, **where)
 
     def _add(self, node: Node) -> Handle[Any]:
         self.nodes.append(node)
@@ -255,13 +264,16 @@ class Graph:
             parents[value.id] = None
             return {pythontask.RESULT_KEY: value.id}
         if isinstance(value, list | tuple):
-            return [self._encode(each, parents, where) for each in value]
+            parts = [self._encode(each, parents, where) for each in value]
+            ids = [each.id for each in value if isinstance(each, Handle)]
+            numbered = pythontask.as_range(ids) if len(ids) == len(parts) else None
+            return {pythontask.RANGE_KEY: numbered} if numbered else parts
         if isinstance(value, dict):
             for key in value:
                 if not isinstance(key, str):
                     raise TypeError(f"{where}: the key {key!r} is no text, so it is no JSON")
-            if set(value) == {pythontask.RESULT_KEY}:
-                raise TypeError(f"{where}: pass the handle of a task instead of {pythontask.RESULT_KEY}")
+            if set(value) & {pythontask.RESULT_KEY, pythontask.RANGE_KEY} and len(value) == 1:
+                raise TypeError(f"{where}: pass the handle of a task instead of {next(iter(value))}")
             return {key: self._encode(each, parents, where) for key, each in value.items()}
         if value is None or isinstance(value, str | int | float | bool):
             return value
@@ -288,6 +300,13 @@ class Graph:
         depth = module.count(".") + (Path(file).name == "__init__.py")
         self._folders.add(Path(file).resolve().parents[depth])
         return f"{module}:{qualname}"
+
+
+def _refuse_in_worker() -> None:
+    if os.environ.get("BATON_IMPORTING"):
+        raise RuntimeError(
+            'a worker imported this script, which runs a graph: put that under if __name__ == "__main__"'
+        )
 
 
 def _slug(name: str) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.duration_pb2 import Duration
 
-from baton import contexts, names, packing, quantity
+from baton import client_sync, contexts, names, packing, quantity
+from baton.artifact_wire import is_large
+from baton.artifacts import RESULT
 from baton.client import AsyncClient, Tls
 from baton.errors import InvalidField
 from baton.v1 import graph_pb2, run_pb2
@@ -34,20 +37,33 @@ class RunFailed(Exception):
 
 
 class Results(Mapping[str, Any]):
-    """Results by handle or task id, read as JSON where they are JSON; tasks without a result are None."""
+    """Results by handle or task id, read as JSON where they are JSON; tasks without a result are None. One over 16 KiB is an
+    artifact: it is fetched when it is first looked at, and kept."""
 
-    def __init__(self, run: run_pb2.Run, found: Mapping[str, bytes]) -> None:
+    def __init__(
+        self,
+        run: run_pb2.Run,
+        found: Mapping[str, bytes],
+        large: Mapping[str, Callable[[], Awaitable[bytes]]] | None = None,
+    ) -> None:
+        """`large`: how those are fetched that were not yet."""
         self.run = run
-        self._found = found
+        self._found = dict(found)
+        self._large = dict(large or {})
 
     def __getitem__(self, task: str | Handle[Any]) -> Any:
-        data = self._found[task if isinstance(task, str) else task.id]
-        if not data:
-            return None
-        try:
-            return json.loads(data)
-        except ValueError:
-            return data.decode("utf-8", "replace")
+        name = task if isinstance(task, str) else task.id
+        if name in self._large:  # blocks: on a loop of one's own, `fetch` first
+            client_sync.wait(self.fetch(name))
+        return value_of(self._found[name])
+
+    async def fetch(self, task: str | Handle[Any]) -> Any:
+        """`results[task]` for asyncio: a large result is waited for without blocking the loop. Raises KeyError, BatonError."""
+        name = task if isinstance(task, str) else task.id
+        if name in self._large:
+            self._found[name] = await self._large[name]()
+            self._large.pop(name, None)
+        return value_of(self._found[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
@@ -79,7 +95,74 @@ def spec_of(nodes: Sequence[Node], folders: Sequence[Path], files: Sequence[str]
     return spec
 
 
-async def run(
+class StartedRun:
+    """A run of a graph that goes on by itself; as `graph.start()` gives it. Each call opens a connection of its own.
+
+    `async_started` is the same for asyncio (`await graph.start_async()`).
+    """
+
+    def __init__(self, of: AsyncStartedRun) -> None:
+        self.async_started = of
+        self.name = of.name
+
+    def as_completed(self) -> Iterator[tuple[str, Any]]:
+        """(task id, result) of each task that succeeds, as soon as it has. Raises RunFailed at the end unless the run did."""
+        return client_sync.drain(self.async_started.as_completed())
+
+    def results(self) -> Results:
+        """Waits until the run is final. Raises RunFailed, BatonError."""
+        return client_sync.wait(self.async_started.results())
+
+    def cancel(self, reason: str = "") -> None:
+        """Asks the run to stop. Raises WrongState (it is final otherwise)."""
+        client_sync.wait(self.async_started.cancel(reason))
+
+
+class AsyncStartedRun:
+    """A run of a graph that goes on by itself, for asyncio."""
+
+    def __init__(self, run: run_pb2.Run, to: contexts.Context) -> None:
+        self.run, self.name = run, run.name
+        self._to = to
+
+    async def as_completed(self) -> AsyncIterator[tuple[str, Any]]:
+        """As StartedRun."""
+        failures: dict[str, str] = {}
+        async with _client(self._to) as client:
+            async for task in client.as_completed(self.name):
+                if task.state == run_pb2.TASK_STATE_SUCCEEDED:
+                    large = is_large(task)
+                    data = await client.artifacts.read(self.name, task.id, RESULT) if large else task.result
+                    yield task.id, value_of(data)
+                elif task.state == run_pb2.TASK_STATE_FAILED:
+                    failures[task.id] = why_failed(task)
+            ended = await client.get_run(self.name)
+        if ended.state != run_pb2.RUN_STATE_SUCCEEDED:
+            raise RunFailed(ended, failures)
+
+    async def results(self) -> Results:
+        """As StartedRun."""
+        async with _client(self._to) as client:
+            ended = await client.wait_run(self.name)
+            tasks = [task async for task in client.list_tasks(self.name)]
+        if ended.state != run_pb2.RUN_STATE_SUCCEEDED:
+            failed = [task for task in tasks if task.state == run_pb2.TASK_STATE_FAILED]
+            raise RunFailed(ended, {task.id: why_failed(task) for task in failed})
+        large = {task.id: partial(self._read, task.id) for task in tasks if is_large(task)}
+        return Results(ended, {task.id: task.result for task in tasks}, large)
+
+    async def _read(self, task: str) -> bytes:
+        """A large result. Raises BatonError."""
+        async with _client(self._to) as client:
+            return await client.artifacts.read(self.name, task, RESULT)
+
+    async def cancel(self, reason: str = "") -> None:
+        """As StartedRun."""
+        async with _client(self._to) as client:
+            await client.cancel_run(self.name, reason=reason)
+
+
+async def start(
     graph: Graph,
     *,
     deadline: str | float,
@@ -88,13 +171,12 @@ async def run(
     namespace: str = "",
     name: str = "",
     priority: int = 0,
-) -> Results:
-    """Creates the run, waits until it is final, reads all results. Raises RunFailed, BatonError."""
+) -> AsyncStartedRun:
+    """Creates the run. Raises BatonError."""
     to = contexts.resolve(endpoints=endpoints, context=context, namespace=namespace, env=os.environ)
     seconds = _seconds(deadline, "deadline") if isinstance(deadline, str) else float(deadline)
     spec = graph.spec()
-    tls = Tls(to.ca, to.certificate, to.key) if to.ca or to.certificate or to.key else None
-    async with AsyncClient(to.endpoints, tls=tls) as client:
+    async with _client(to) as client:
         created = await client.create_run(
             spec,
             deadline=client.clock.wall() + seconds,
@@ -102,17 +184,27 @@ async def run(
             run_id=name or graph.name,
             priority=priority,
         )
-        ended = await client.wait_run(created.name)
-        results: dict[str, bytes] = {}
-        failures: dict[str, str] = {}
-        async for task in client.list_tasks(ended.name):
-            results[task.id] = task.result
-            if task.state == run_pb2.TASK_STATE_FAILED:
-                last = next((each.message for each in reversed(task.attempts) if each.message), "")
-                failures[task.id] = last or task.reason
-    if ended.state != run_pb2.RUN_STATE_SUCCEEDED:
-        raise RunFailed(ended, failures)
-    return Results(ended, results)
+    return AsyncStartedRun(created, to)
+
+
+def value_of(data: bytes) -> Any:
+    """A result as its user sees it: JSON where it is JSON, else text; None where there is none."""
+    if not data:
+        return None
+    try:
+        return json.loads(data)
+    except ValueError:
+        return data.decode("utf-8", "replace")
+
+
+def why_failed(task: run_pb2.TaskStatus) -> str:
+    """The last attempt's own words, or the task's reason."""
+    return next((each.message for each in reversed(task.attempts) if each.message), "") or task.reason
+
+
+def _client(to: contexts.Context) -> AsyncClient:
+    tls = Tls(to.ca, to.certificate, to.key) if to.ca or to.certificate or to.key else None
+    return AsyncClient(to.endpoints, tls=tls)
 
 
 def _apply(options: Options, task: graph_pb2.Task) -> None:

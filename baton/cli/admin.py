@@ -59,8 +59,9 @@ def admin() -> None:
 @admin.command()
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--now", is_flag=True, help="Do not wait: you know that no work from after the snapshot survives.")
+@session.json_output
 @session.connected
-def restored(yes: bool, now: bool, to: Context) -> None:
+def restored(*, yes: bool, now: bool, as_json: bool, to: Context) -> None:
     """Say that etcd was restored from a snapshot on purpose (PROTOCOL J12); work goes on after it.
 
     Waits until every agent has ended what was placed after the snapshot, so that nothing runs beside its repetition. With
@@ -83,7 +84,11 @@ def restored(yes: bool, now: bool, to: Context) -> None:
                     raise
                 await _count_down(client.clock, max(early.retry_after, SHORTEST_WAIT))
 
-    click.echo(f"incarnation {session.ask(to, confirm)}")
+    incarnation = session.ask(to, confirm)
+    if as_json:
+        render.echo_data({"incarnation": incarnation}, "json")
+    else:
+        click.echo(f"incarnation {incarnation}")
 
 
 async def _count_down(clock: Clock, seconds: float) -> None:
@@ -115,8 +120,9 @@ def namespaces(output: str, to: Context) -> None:
 
 @admin.command()
 @click.argument("file", type=click.Path(dir_okay=False))
+@session.json_output
 @session.connected
-def backup(file: str, to: Context) -> None:
+def backup(file: str, as_json: bool, to: Context) -> None:
     """Write a consistent backup of the store (an etcd snapshot) to FILE, readable by you only.
 
     \b
@@ -144,4 +150,7 @@ def backup(file: str, to: Context) -> None:
         raise click.UsageError(f"{file} cannot be written: {error.strerror}") from None
     finally:
         draft.unlink(missing_ok=True)
-    click.echo(f"{file}: {size} bytes")
+    if as_json:
+        render.echo_data({"file": file, "bytes": size}, "json")
+    else:
+        click.echo(f"{file}: {size} bytes")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from baton import names
-from baton.cli import render, session
+from baton.cli import completion, render, session
 from baton.cli.render import Column, Kind
 from baton.client import AsyncClient
 from baton.clock import SystemClock
@@ -134,7 +134,7 @@ _SHARDS: Kind[admin_pb2.Shard] = Kind(
 
 @click.command()
 @click.argument("what", type=click.Choice(_WHAT))
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completion.complete_things)
 @click.option("-o", "--output", type=click.Choice(render.FORMATS), default="table", show_default=True)
 @session.connected
 def get(what: str, name: str | None, output: str, to: Context) -> None:
@@ -229,9 +229,10 @@ def describe() -> None:
 
 
 @describe.command("run")
-@click.argument("name")
+@click.argument("name", shell_complete=completion.complete_runs)
+@session.json_output
 @session.connected
-def describe_run(name: str, to: Context) -> None:
+def describe_run(name: str, as_json: bool, to: Context) -> None:
     """Show a run: state, times, tasks by state.
 
     \b
@@ -240,6 +241,9 @@ def describe_run(name: str, to: Context) -> None:
     """
     full = str(session.run_name(name, to))
     run = session.ask(to, lambda client: client.get_run(full))
+    if as_json:
+        render.echo_data(render.plain(run), "json")
+        return
     states = ", ".join(f"{count} {render.task_state(state)}" for state, count in sorted(run.tasks_by_state.items()))
     render.facts(
         [
@@ -264,9 +268,10 @@ def describe_run(name: str, to: Context) -> None:
 
 
 @describe.command("task")
-@click.argument("name", metavar="RUN/TASK")
+@click.argument("name", metavar="RUN/TASK", shell_complete=completion.complete_tasks)
+@session.json_output
 @session.connected
-def describe_task(name: str, to: Context) -> None:
+def describe_task(name: str, as_json: bool, to: Context) -> None:
     """Show a task: state, every attempt with cluster, fence and evidence, and its result.
 
     \b
@@ -275,6 +280,9 @@ def describe_task(name: str, to: Context) -> None:
     """
     full = session.task_name(name, to)
     task = session.ask(to, lambda client: client.get_task(str(full)))
+    if as_json:
+        render.echo_data(render.plain(task), "json")
+        return
     render.facts(
         [
             ("Task", str(full)),
@@ -282,17 +290,30 @@ def describe_task(name: str, to: Context) -> None:
             ("Reason", task.reason),
             ("Parents", ", ".join(task.parents)),
             ("Accepted results", str(task.accepted_results)),
+            ("Checkpoint", _checkpoint(task)),
         ]
     )
     if task.attempts:
         click.echo()
         heads = ["ATTEMPT", "CLUSTER", "FENCE", "STATE", "STARTED", "ENDED", "EXIT", "EVIDENCE", "REFUSED", "MESSAGE"]
         render.table(heads, (_attempt_row(attempt) for attempt in task.attempts))
+    if task.artifacts:
+        click.echo()
+        rows = ([each.artifact.name, str(each.artifact.size), each.artifact.digest.hex()] for each in task.artifacts)
+        render.table(["ARTIFACT", "BYTES", "DIGEST"], rows)
     if task.result:
         text = task.result.decode("utf-8", "replace")
         click.echo(f"\nResult ({len(task.result)} bytes):")
         for line in text.splitlines():
             click.echo(f"  {session.clean(line)}")
+
+
+def _checkpoint(task: run_pb2.TaskStatus) -> str:
+    """The checkpoint that the next attempt would start from."""
+    if not task.HasField("checkpoint"):
+        return ""
+    last = task.checkpoint
+    return f"{last.artifact.name} of attempt {last.attempt.n}, {last.artifact.size} bytes"
 
 
 def _attempt_row(attempt: run_pb2.Attempt) -> list[str]:
@@ -312,9 +333,10 @@ def _attempt_row(attempt: run_pb2.Attempt) -> list[str]:
 
 
 @describe.command("cluster")
-@click.argument("name")
+@click.argument("name", shell_complete=completion.complete_clusters)
+@session.json_output
 @session.connected
-def describe_cluster(name: str, to: Context) -> None:
+def describe_cluster(name: str, as_json: bool, to: Context) -> None:
     """Show a cluster: health, admission, capacity, session.
 
     \b
@@ -323,6 +345,9 @@ def describe_cluster(name: str, to: Context) -> None:
     """
     full: names.ClusterName = session.cluster_name(name)
     cluster = session.ask(to, lambda client: client.get_cluster(str(full)))
+    if as_json:
+        render.echo_data(render.plain(cluster), "json")
+        return
     render.facts(
         [
             ("Name", cluster.name),

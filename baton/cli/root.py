@@ -13,12 +13,42 @@ import sys
 
 import click
 
-from baton.cli import admin, clusters, inspect, interruptible, runs, session, timeline, trace
+from baton.cli import (
+    INTERRUPTED,
+    admin,
+    artifacts,
+    audit,
+    authoring,
+    clusters,
+    completion,
+    diff,
+    doctor,
+    inspect,
+    interruptible,
+    render,
+    runs,
+    session,
+    timeline,
+    trace,
+)
 from baton.errors import BatonError
 from baton.graphfile import GraphFileError
 
 PLUGINS = "baton.commands"
 """Entry-point group: name of the command -> a click command."""
+
+
+_SYNONYMS = (
+    ("--json", "-o json", "--form", "--format", "--output"),
+    ("--endpoint", "--server", "--host", "--address", "--url"),
+    ("--namespace", "-n", "--ns", "--tenant"),
+    ("--context", "--cluster", "--kube-context"),
+    ("--wait", "--watch", "--follow", "-f", "-w"),
+    ("--name", "--run", "--run-id", "--id"),
+    ("--deadline", "--timeout", "--until"),
+    ("--yes", "-y", "--force", "--assume-yes"),
+)
+"""Words for one wish, in other tools and in other commands of ours: whoever writes one is told the one that the command has."""
 
 
 class _Root(click.Group):
@@ -53,13 +83,33 @@ class _Root(click.Group):
         except BatonError as error:
             session.say_error(error)
             ctx.exit(session.exit_code(error))
+        except click.NoSuchOption as error:
+            raise _with_right_one(error) from None
+        except click.Abort as error:
+            if not isinstance(error.__context__, KeyboardInterrupt):
+                raise  # somebody said no
+            click.echo(err=True)
+            ctx.exit(INTERRUPTED)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
-            ctx.exit(session.UNREACHABLE)
+            ctx.exit(INTERRUPTED)
         except BrokenPipeError:
             # `baton get runs | head`: whoever read has enough. Standard output goes nowhere, so that the exit is silent.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(session.SUCCEEDED)
+
+
+def _with_right_one(error: click.NoSuchOption) -> click.NoSuchOption:
+    """What other tools call it, or other commands of this one, as this command does: the first of its synonyms that it has."""
+    command = error.ctx.command if error.ctx is not None else None
+    known = {name for param in command.params for name in param.opts} if command is not None else set()
+    for group in _SYNONYMS:
+        if error.option_name in {each.partition(" ")[0] for each in group}:
+            right = [each for each in group if each.partition(" ")[0] in known and each != error.option_name]
+            if right:
+                words = f"No such option {error.option_name!r}: use {right[0]}."
+                return click.NoSuchOption(error.option_name, words, ctx=error.ctx)
+    return error
 
 
 def _broken(name: str, message: str) -> click.Command:
@@ -73,7 +123,7 @@ def _broken(name: str, message: str) -> click.Command:
     cls=_Root,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 succeeded, 1 failed, 2 usage or bad input, 3 deadline, 4 cancelled, 5 not found,"
-    " 6 unreachable or unknown.",
+    " 6 unreachable or unknown, 130 interrupted.",
 )
 @session.connection_options
 def main(endpoint: tuple[str, ...], context: str, namespace: str) -> None:
@@ -87,27 +137,33 @@ def main(endpoint: tuple[str, ...], context: str, namespace: str) -> None:
 
 
 @main.command()
-def version() -> None:
+@session.json_output
+def version(as_json: bool) -> None:
     """Print the version of this command line.
 
     \b
     Example:
       baton version
     """
-    try:
-        number = importlib.metadata.version("baton-federation")
-    except importlib.metadata.PackageNotFoundError:
-        number = "unknown (not installed)"
-    click.echo(f"baton {number}")
+    if as_json:
+        render.echo_data({"version": session.own_version()}, "json")
+    else:
+        click.echo(f"baton {session.own_version() or 'unknown (not installed)'}")
 
 
 for _command in (
     runs.run,
-    runs.validate,
+    authoring.init,
+    authoring.validate,
+    authoring.schema,
+    diff.diff,
+    doctor.doctor,
+    completion.completion,
     runs.watch,
     runs.cancel,
     runs.logs,
     runs.result,
+    artifacts.artifacts,
     inspect.get,
     inspect.describe,
     clusters.cordon,
@@ -115,6 +171,7 @@ for _command in (
     clusters.drain,
     timeline.timeline,
     trace.trace,
+    audit.audit,
     admin.admin,
 ):
     main.add_command(_command)

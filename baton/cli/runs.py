@@ -1,4 +1,4 @@
-"""`baton run`, `validate`, `watch`, `cancel`, `logs`, `result`: the life of a run from a terminal.
+"""`baton run`, `watch`, `cancel`, `logs`, `result`: the life of a run from a terminal.
 
 Theory: the run lives in the federation, not in this process. Ctrl-C therefore detaches and says how to come back and how
 to stop the run; only `baton cancel` cancels. A file is judged here first, so that its faults are told with their lines;
@@ -19,14 +19,20 @@ import click
 
 from baton import names, quantity
 from baton import validate as judge
-from baton.cli import render, session, timeline
+from baton.artifact_wire import is_large
+from baton.artifacts import RESULT
+from baton.cli import INTERRUPTED, completion, render, session, timeline
 from baton.cli.progress import Progress
-from baton.client import FINAL_STATES, AsyncClient
+from baton.client import FINAL_STATES, PATIENCE_SECONDS, AsyncClient
 from baton.clock import SystemClock
 from baton.contexts import Context
 from baton.errors import InvalidField, NameTaken, WatchCompacted
 from baton.graphfile import GraphFile, GraphFileError, load
 from baton.v1 import run_pb2
+
+LOOK_SECONDS = 10.0
+"""How long `baton logs` without -f looks for the output of a cluster that does not answer: two of a replica's tries to reach it.
+Longer: a person waits for what a lost cluster cannot tell; shorter: a change of replicas looks like a loss."""
 
 
 @click.command()
@@ -35,7 +41,7 @@ from baton.v1 import run_pb2
 @click.option("--deadline", metavar="TIME", help="From now (10m) or absolute; wins over the file's.")
 @click.option("--name", metavar="ID", help="The run's id; wins over metadata.name.")
 @click.option("--priority", type=click.IntRange(-1000, 1000), help="Wins over the file's.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+@session.json_output
 @session.request_id_option
 @session.connected
 def run(
@@ -148,25 +154,12 @@ def _deadline(graph: GraphFile, flag: str | None) -> float:
 
 
 @click.command()
-@click.argument("file")
-def validate(file: str) -> None:
-    """Judge the graph in FILE (`-`: standard input) without a federation.
-
-    \b
-    Example:
-      baton validate graph.yaml
-    """
-    graph = load(file)
-    click.echo(f"{file}: good, {len(graph.spec.tasks)} tasks")
-
-
-@click.command()
-@click.argument("run", metavar="RUN")
+@click.argument("run", metavar="RUN", shell_complete=completion.complete_runs)
 @click.option("--after", type=click.IntRange(min=0), default=0, help="Number of the last event already seen.")
-@click.option("--json", "as_json", is_flag=True, help="Print every event as one line of JSON.")
+@session.json_output
 @session.connected
 def watch(run: str, after: int, as_json: bool, to: Context) -> None:
-    """Show a run's progress until it is final; the exit code is its outcome.
+    """Show a run's progress until it is final; the exit code is its outcome. JSON is one line for every event.
 
     \b
     Example:
@@ -261,10 +254,10 @@ def _until_detached(story: Coroutine[Any, Any, None], to: Context) -> None:
     except _Detached as detached:
         click.echo("\ndetached; the run goes on", err=True)
         _hints(detached.run, to)
-        sys.exit(session.UNREACHABLE)
+        sys.exit(INTERRUPTED)
     except asyncio.CancelledError:
         click.echo("\ninterrupted before an answer: look with `baton get runs` before you repeat it", err=True)
-        sys.exit(session.UNREACHABLE)
+        sys.exit(INTERRUPTED)
 
 
 def _hints(name: str, to: Context) -> None:
@@ -279,12 +272,13 @@ def _leave(state: run_pb2.RunState.ValueType) -> None:
 
 
 @click.command()
-@click.argument("run", metavar="RUN")
+@click.argument("run", metavar="RUN", shell_complete=completion.complete_runs)
 @click.option("--reason", default="", help="Why, for the record.")
 @click.option("--wait/--no-wait", default=False, help="Wait until the run is final.")
 @session.request_id_option
+@session.json_output
 @session.connected
-def cancel(run: str, reason: str, wait: bool, request_id: str, to: Context) -> None:
+def cancel(run: str, *, reason: str, wait: bool, request_id: str, as_json: bool, to: Context) -> None:
     """Ask a run to stop.
 
     \b
@@ -300,34 +294,43 @@ def cancel(run: str, reason: str, wait: bool, request_id: str, to: Context) -> N
         return await client.wait_run(name) if wait and found.state not in FINAL_STATES else found
 
     found = session.ask(to, story)
-    click.echo(f"{found.name} {render.run_state(found.state)}")
+    if as_json:
+        render.echo_data(render.plain(found), "json")
+    else:
+        click.echo(f"{found.name} {render.run_state(found.state)}")
 
 
 @click.command()
-@click.argument("task", metavar="RUN/TASK")
+@click.argument("task", metavar="RUN/TASK", shell_complete=completion.complete_tasks)
 @click.option("-f", "--follow", is_flag=True, help="Go on until the attempt has ended.")
 @click.option("--attempt", type=click.IntRange(min=0), default=0, help="Its number; the newest if left out.")
 @click.option("--offset", type=click.IntRange(min=0), default=0, help="First byte.")
 @session.connected
 def logs(task: str, follow: bool, attempt: int, offset: int, to: Context) -> None:
-    """Print the captured output of a task's attempt, as it is.
+    """Print the captured output of a task's attempt, as it is; of a moved task's earlier ones, too.
+
+    Output stays on the cluster where it was written: while that one is lost it cannot be read, and can again when it is back.
 
     \b
     Example:
       baton logs nightly/report -f
+      baton logs nightly/report --attempt 1
     """
     name = str(session.task_name(task, to))
 
     async def story() -> None:
         async with session.open_client(to) as client:
-            async for piece in client.follow_logs(name, attempt=attempt, offset=offset, follow=follow):
+            patience = PATIENCE_SECONDS if follow else LOOK_SECONDS
+            async for piece in client.follow_logs(
+                name, attempt=attempt, offset=offset, follow=follow, patience=patience
+            ):
                 click.echo(piece.data, nl=False)
 
     asyncio.run(story())
 
 
 @click.command()
-@click.argument("task", metavar="RUN/TASK")
+@click.argument("task", metavar="RUN/TASK", shell_complete=completion.complete_tasks)
 @session.connected
 def result(task: str, to: Context) -> None:
     """Print the accepted result of a task, byte for byte.
@@ -341,4 +344,8 @@ def result(task: str, to: Context) -> None:
     if not found.accepted_results:
         click.echo(f"error: {name} is {render.task_state(found.state)}: it has no result", err=True)
         sys.exit(session.FAILED)
+    if is_large(found):
+        of = names.parse_task(name)
+        session.ask(to, lambda client: client.artifacts.download(str(of.parent), of.task, RESULT, sys.stdout.buffer))
+        return
     click.echo(found.result, nl=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib.metadata
 import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -89,6 +90,14 @@ def repeatable(options: str) -> Iterator[None]:
         raise
 
 
+def own_version() -> str:
+    """The version of this command line; "" where it is not installed."""
+    try:
+        return importlib.metadata.version("baton-federation")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def invoked() -> str:
     """What the user of this process types for `baton`: scripts/baton of a checkout, or a path where it is not on PATH."""
     if wrapper := os.environ.get(COMMAND_VARIABLE):
@@ -111,6 +120,20 @@ def _request_id(_ctx: click.Context, _param: click.Parameter, text: str) -> str:
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
     return text
+
+
+def json_output(command: Callable[..., Any]) -> Callable[..., Any]:
+    """-o text|json and --json, of commands that tell one thing; the command receives `as_json`."""
+
+    @click.option(
+        "-o", "--output", "form", type=click.Choice(("text", "json")), default="text", help="How it is printed."
+    )
+    @click.option("--json", "flagged", is_flag=True, help="The same as -o json.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, form: str, flagged: bool, **kwargs: Any) -> Any:
+        return command(*args, as_json=flagged or form == "json", **kwargs)
+
+    return wrapped
 
 
 def connection_options(command: Command) -> Command:

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from baton import quantity
-from baton.cli import render, session
+from baton.cli import completion, render, session
 from baton.client import AsyncClient
 from baton.clock import SystemClock
 from baton.contexts import Context
@@ -35,11 +35,13 @@ def moved(task: run_pb2.TaskStatus) -> bool:
 
 
 def result_sha256(tasks: Sequence[run_pb2.TaskStatus]) -> str:
-    """One hash over all accepted results, by task id: equal for equal outcomes, however the work was moved about."""
+    """One hash over all accepted results and artifacts, by task id: equal for equal outcomes, however the work was moved about."""
     digest = hashlib.sha256()
     for task in sorted(tasks, key=lambda each: each.id):
         digest.update(f"{task.id} {render.task_state(task.state)} {len(task.result)}\n".encode())
         digest.update(task.result)
+        for source in sorted(task.artifacts, key=lambda each: each.artifact.name):
+            digest.update(f"{source.artifact.name} {source.artifact.size} ".encode() + source.artifact.digest)
     return digest.hexdigest()
 
 
@@ -66,8 +68,8 @@ async def fetch(client: AsyncClient, name: str) -> tuple[run_pb2.Run, list[run_p
 
 
 @click.command()
-@click.argument("run", metavar="RUN")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object: run, summary, tasks with their attempts.")
+@click.argument("run", metavar="RUN", shell_complete=completion.complete_runs)
+@session.json_output
 @session.connected
 def timeline(run: str, as_json: bool, to: Context) -> None:
     """Show which cluster ran what when, with moves, retries, evidence and refused late results.
@@ -139,6 +141,11 @@ def _notes(task: run_pb2.TaskStatus, attempt: run_pb2.Attempt) -> list[str]:
         notes.append(f"moved from {earlier[-1].cluster}")
     elif earlier:
         notes.append("again")
+    if attempt.resumed_from:
+        maker, _, name = attempt.resumed_from.partition("/")
+        notes.append(f"resumed from {name} of attempt {maker}")
+    if attempt.checkpoint:
+        notes.append(f"saved {attempt.checkpoint}")
     if attempt.evidence:
         notes.append(f"evidence {render.evidence(attempt.evidence)}")
     if attempt.overlap_possible:

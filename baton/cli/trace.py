@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 
 from baton import quantity, traces
-from baton.cli import render, session
+from baton.cli import completion, render, session
 from baton.contexts import Context
 from baton.v1 import trace_pb2
 
@@ -34,7 +34,7 @@ PHASES = {
 
 
 @click.command()
-@click.argument("run", metavar="RUN")
+@click.argument("run", metavar="RUN", shell_complete=completion.complete_runs)
 @click.option("-o", "--output", "form", type=click.Choice(FORMS), default="waterfall", help="How it is printed.")
 @click.option("--all", "everything", is_flag=True, help=f"Every line, not only {ROWS}.")
 @session.connected

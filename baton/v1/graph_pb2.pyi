@@ -247,7 +247,8 @@ class PythonTask(_message.Message):
     """module:qualname, e.g. "steps.clean:run"."""
     args_json: _builtins.str
     """JSON array (positional arguments) or object (named ones; the name "$baton.args" holds positional ones), at most 64 KiB.
-    Anywhere in it {"$baton.result": "<task id>"} stands for the result of a parent.
+    Anywhere in it {"$baton.result": "<task id>"} stands for the result of a parent, and {"$baton.results": ["part-", 0, 3]} for
+    the list of the results of part-0, part-1 and part-2.
     """
     code: _builtins.str
     """Sha-256, in hex, of the Code that holds the module. Empty: the module comes with a requirement or with the agent's Python."""

@@ -73,6 +73,10 @@ class FakeExecutor:
         for request in requests:
             self._ask(partial(self._host.start, request))
 
+    async def widen(self, key: AttemptKey, slots: int) -> None:  # noqa: ARG002 - nothing waits here: all started at once
+        """See Executor."""
+        self._require()
+
     async def stop(self, keys: Sequence[AttemptKey], *, grace_seconds: float) -> None:
         """See Executor."""
         self._ask(lambda now: self._host.stop(keys, grace_seconds, now))

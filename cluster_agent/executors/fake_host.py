@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Protocol
 
 from baton.clock import Clock
 from cluster_agent.core.lease import Action, Bounds, Leases, Reason
+from cluster_agent.executors import fake_python
 from cluster_agent.executors.base import (
     AttemptKey,
     Cause,
@@ -28,7 +28,7 @@ from cluster_agent.executors.base import (
     StartRequest,
     Stopped,
 )
-from cluster_agent.executors.fake_workload import FakeDisk, Interval, Script
+from cluster_agent.executors.fake_workload import FakeDisk, Interval, Process, Script
 from cluster_agent.executors.wording import worded
 
 SIGKILL, SIGTERM = 9, 15
@@ -41,20 +41,8 @@ STEP_SECONDS = 1e-6
 still."""
 
 
-@dataclass(slots=True)
-class _Process:
-    """A living fake process."""
-
-    request: StartRequest
-    script: Script
-    pid: int
-    start_wall: float
-    ends_at: float
-    interval: Interval
-    phase: Phase = Phase.RUNNING
-    ended: tuple[int | None, int | None] | None = None
-    """(exit code, signal) once it is over, whether or not the guard has seen it."""
-    confirm_stop: bool = False
+Program = Callable[[StartRequest], Script]
+"""What a workload does. A ValueError is its failure to start, in words."""
 
 
 class Connection(Protocol):
@@ -77,6 +65,7 @@ class FakeHost:
     """A machine with a guard. `true_time` gives the time of `intervals`; by default the host's own boot clock.
 
     `programs` adds workloads by name: argv[0] -> Script for the request, for tests that need more than `fake`.
+    `anything` is asked for what none of them names, python tasks included; without it those call their function.
     """
 
     def __init__(
@@ -85,17 +74,19 @@ class FakeHost:
         *,
         features: Features | None = None,
         true_time: Callable[[], float] | None = None,
-        programs: Mapping[str, Callable[[StartRequest], Script]] | None = None,
+        programs: Mapping[str, Program] | None = None,
+        anything: Program | None = None,
     ) -> None:
         self.clock = clock
         self.features = features or Features(isolation=True, orphan_killer=True, detail="fake")
         self.intervals: list[Interval] = []
         self._true_time = true_time or clock.boot
         self._programs = dict(programs or {})
+        self._anything = anything
         self._disk = FakeDisk()
         self._leases: Leases[AttemptKey] = Leases()
-        self._live: dict[AttemptKey, _Process] = {}
-        self._orphans: list[_Process] = []
+        self._live: dict[AttemptKey, Process] = {}
+        self._orphans: list[Process] = []
         self._guard_alive = False
         self._frozen = False
         self._lost_before = False
@@ -227,15 +218,14 @@ class FakeHost:
         wall = self.clock.wall()
         self._disk.started[key] = (request.generation, wall)
         try:
-            program = self._programs.get(request.argv[0] if request.argv else "")
-            script = program(request) if program is not None else Script.parse(request.argv)
+            script = self._script(request)
         except ValueError as error:
             self._record(Exited(key, Cause.SPAWN, None, None, wall, wall, message=str(error)))
             return
         self._pids += 1
         interval = Interval(key, self._true_time())
         self.intervals.append(interval)
-        self._live[key] = _Process(request, script, self._pids, wall, now + script.seconds, interval)
+        self._live[key] = Process(request, script, self._pids, wall, now + script.seconds, interval)
         self._disk.logs[key] = script.output[: request.limits.output_bytes or None]
         self._leases.add(
             key,
@@ -314,7 +304,7 @@ class FakeHost:
         for process in [process for process in self._live.values() if process.ended is not None]:
             self._collect(process, now)
 
-    def _end_process(self, process: _Process, code: int | None, number: int | None) -> None:
+    def _end_process(self, process: Process, code: int | None, number: int | None) -> None:
         if process.ended is None:
             process.ended = (code, number)
             process.interval.end = self._true_time()
@@ -340,6 +330,13 @@ class FakeHost:
 
     # --- records ---------------------------------------------------------------------------------------------------
 
+    def _script(self, request: StartRequest) -> Script:
+        """What the request's workload does. Raises ValueError if nobody knows."""
+        program = self._programs.get(request.argv[0] if request.argv else "", self._anything)
+        if program is not None:
+            return program(request)
+        return fake_python.call(request) if request.python is not None else Script.parse(request.argv)
+
     def _refusal(self, request: StartRequest, now: float) -> str | None:
         if self._disk.knows(request.key):
             return "this attempt was started, refused or stopped before"
@@ -348,9 +345,9 @@ class FakeHost:
             return lease
         if request.stop_at is not None and now >= request.stop_at:
             return "its deadline has passed"
-        return None if request.argv and request.argv[0] else "argv is empty"
+        return None if request.python is not None or (request.argv and request.argv[0]) else "argv is empty"
 
-    def _collect(self, process: _Process, now: float) -> None:
+    def _collect(self, process: Process, now: float) -> None:
         """The guard sees that a process is over."""
         key, request = process.request.key, process.request
         code, number = process.ended or (None, None)
@@ -358,7 +355,10 @@ class FakeHost:
         late = self._leases.remove(key, now)
         del self._live[key]
         cause, message, result = (Cause(reason.value) if reason else Cause.EXIT), "", b""
-        if reason is None and code == 0:
+        if reason is None and number is None and process.script.message:
+            cause, message = process.script.cause, process.script.message
+            code = code if cause is Cause.EXIT else None
+        elif reason is None and code == 0:
             result = process.script.result
             limit = request.limits.result_bytes
             if len(result) > limit:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cluster_agent.executors.base import AttemptKey, Exited
+from cluster_agent.executors.base import AttemptKey, Cause, Exited, Phase, StartRequest
 
 
 @dataclass(slots=True)
@@ -31,6 +31,10 @@ class Script:
     result: bytes = b""
     output: bytes = b""
     ignore_term: bool = False
+    cause: Cause = Cause.EXIT
+    """How its end is classed if it ends by itself; RESULT and SPAWN have no exit code."""
+    message: str = ""
+    """Why it failed, in its own words."""
 
     @staticmethod
     def parse(argv: Sequence[str]) -> Script:
@@ -53,6 +57,22 @@ class Script:
             found.get("--output", "").encode(),
             ignore_term,
         )
+
+
+@dataclass(slots=True)
+class Process:
+    """A living fake process."""
+
+    request: StartRequest
+    script: Script
+    pid: int
+    start_wall: float
+    ends_at: float
+    interval: Interval
+    phase: Phase = Phase.RUNNING
+    ended: tuple[int | None, int | None] | None = None
+    """(exit code, signal) once it is over, whether or not the guard has seen it."""
+    confirm_stop: bool = False
 
 
 @dataclass(slots=True)

@@ -189,7 +189,7 @@ async def test_ctrl_c_detaches_and_says_how_to_go_on(baton: Shell) -> None:
         await baton.replica.called("WatchRun")
         process.send_signal(signal.SIGINT)
         _, err = await process.communicate()
-    assert process.returncode == 6
+    assert process.returncode == 130
     assert b"baton watch nightly" in err
     assert b"baton cancel nightly" in err
     assert b"Traceback" not in err
@@ -309,6 +309,7 @@ async def test_help_everywhere_with_an_example(baton: Shell) -> None:
     ]
     commands += [["describe", what] for what in ("run", "task", "cluster")]
     commands += [["cordon"], ["uncordon"], ["drain"], ["version"], ["admin"]]
+    commands += [["init"], ["schema"], ["doctor"], ["completion"], ["diff"], ["trace"]]
     commands += [["admin", what] for what in ("restored", "namespaces", "backup")]
     for done in await asyncio.gather(*(baton(*command, "--help") for command in commands[:10])):
         assert done.code == 0

@@ -122,11 +122,20 @@ def test_outside_a_graph_a_task_is_its_function() -> None:
         (float("nan"), "no JSON"),
         ({1: 2}, "the key 1 is no text"),
         ({"$baton.result": "x"}, "pass the handle"),
+        ({"$baton.results": ["x", 0, 3]}, "pass the handle"),
     ],
 )
 def test_arguments_that_are_no_json_are_refused_where_they_are_given(argument: object, words: str) -> None:
     with Graph(pack=False), pytest.raises(TypeError, match=words):
         load(argument)
+
+
+def test_the_join_of_a_wide_map_names_its_parents_as_a_range() -> None:
+    with Graph(pack=False) as graph:
+        total([load.map([str(n) for n in range(5000)])])
+    [joined] = [each for each in built(graph).values() if each.id == "total"]
+    assert json.loads(joined.python.args_json) == {"$baton.args": [[{"$baton.results": ["load-", 0, 5000]}]]}
+    assert len(joined.parents) == 5000
 
 
 def test_a_handle_is_no_value_and_belongs_to_its_graph() -> None:
@@ -190,10 +199,9 @@ def test_the_scripts_folder_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_code_over_the_limit_names_the_limit_and_the_largest_file(tmp_path: Path) -> None:
-    noise = "".join(hashlib.sha256(str(n).encode()).hexdigest() for n in range(4000))
     (tmp_path / "small.py").write_text("")
-    (tmp_path / "large.py").write_text(f"x = '{noise}'")
-    with pytest.raises(InvalidField, match=r"over the limit of 65536 \(largest: large.py"):
+    (tmp_path / "large.py").write_bytes(b"x" * (packing.MAX_FOLDER_BYTES + 1))
+    with pytest.raises(InvalidField, match=r"over the limit of 10485760 \(largest: large.py"):
         packing.pack(tmp_path)
     with pytest.raises(InvalidField, match="names no file"):
         packing.pack(tmp_path, ["gone.csv"])
