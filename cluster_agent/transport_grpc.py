@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from baton.v1 import agent_pb2, agent_pb2_grpc
+from baton.bundles import BUNDLE_BYTES, BUNDLE_MESSAGES, join
+from baton.v1 import agent_pb2
 from cluster_agent.transport import Stream, TransportClosed
 
 DIAL_SECONDS = 3.0
 """To have a connection. Shorter than the session's patience, so that a dead endpoint costs one try, not the
 session's."""
 
-MESSAGE_BYTES = 4 << 20
+MESSAGE_BYTES = 48 << 20
+"""Of one message. One dispatch may carry the inline results of a whole run (16 MiB, DESIGN 14) as texts inside JSON: gRPC's 4 MiB
+would break the stream at a wide join, again and again. Larger than MAX_MESSAGE of the replicas' streams would gain nothing."""
+
+_METHOD = "/baton.v1.AgentService/Session"
 ENDPOINTS = 32
 """Most endpoints kept; replicas are few, and a list from the wire is bounded."""
 
@@ -81,6 +86,12 @@ class GrpcTransport:
         self._learns = learns
         self._next = 0
 
+    def open(self, turn: int) -> tuple[str, grpc.aio.Channel]:
+        """A channel of its own to one of the endpoints, by turns, for what must not hold up the session (carrier_grpc). Raises
+        TransportClosed."""
+        endpoint = self._endpoints[turn % len(self._endpoints)]
+        return endpoint, self._channel(endpoint)
+
     async def connect(self) -> Stream:
         endpoint = self._endpoints[self._next % len(self._endpoints)]
         self._next += 1
@@ -130,7 +141,11 @@ class _GrpcStream:
     def __init__(self, endpoint: str, channel: grpc.aio.Channel) -> None:
         self._endpoint = endpoint
         self._channel = channel
-        self._call: Any = agent_pb2_grpc.AgentServiceStub(channel).Session()
+        serialize: Any = bytes
+        read: Any = agent_pb2.SessionResponse.FromString
+        self._call: Any = channel.stream_stream(_METHOD, request_serializer=serialize, response_deserializer=read)()
+        self._bundles = False
+        """The replica reads `more`."""
 
     @property
     def endpoint(self) -> str:
@@ -138,10 +153,27 @@ class _GrpcStream:
 
     async def send(self, messages: Sequence[agent_pb2.SessionRequest]) -> None:
         try:
-            for message in messages:
-                await self._call.write(message)
+            for payload in self._payloads(messages):
+                await self._call.write(payload)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             raise TransportClosed(self._cause(error)) from error
+
+    def _payloads(self, messages: Sequence[agent_pb2.SessionRequest]) -> Iterator[bytes]:
+        """What is written: as few messages as may be, none of them too large."""
+        waiting: list[bytes] = []
+        size = 0
+        for message in messages:
+            if message.HasField("hello"):
+                message.hello.bundles = True
+            payload = message.SerializeToString()
+            full = size + len(payload) > BUNDLE_BYTES or len(waiting) >= BUNDLE_MESSAGES
+            if waiting and (full or not self._bundles):
+                yield join(agent_pb2.SessionRequest, waiting)
+                waiting, size = [], 0
+            waiting.append(payload)
+            size += len(payload)
+        if waiting:
+            yield join(agent_pb2.SessionRequest, waiting)
 
     async def receive(self) -> Sequence[agent_pb2.SessionResponse]:
         try:
@@ -150,7 +182,8 @@ class _GrpcStream:
             raise TransportClosed(self._cause(error)) from error
         if message is grpc.aio.EOF:
             raise TransportClosed(f"{self._endpoint} ended the stream")
-        return (message,)
+        self._bundles |= message.welcome.bundles
+        return (message, *message.more)
 
     async def close(self) -> None:
         self._call.cancel()

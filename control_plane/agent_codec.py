@@ -166,7 +166,8 @@ class DispatchWriter:
                 self._carry(view.spec.python)
         inputs = b""
         if view.inputs:
-            inputs = json.dumps({k: v.decode("utf-8", "replace") for k, v in view.inputs.items()}).encode()
+            texts = {parent: result.decode("utf-8", "replace") for parent, result in view.inputs.items()}
+            inputs = json.dumps(texts, ensure_ascii=False).encode()  # as `core.inline` weighs them
         self._message.dispatches.append(
             pb.Dispatch(
                 attempt=ref(attempt),

@@ -35,8 +35,9 @@ REDIAL = 0.2
 UNKNOWN_PEER_WAIT = 5.0
 """Seconds a queue is kept for a replica whose registration we have not seen yet."""
 
-MAX_MESSAGE = 16 << 20
-"""Receive limit of peer streams: above any single forwarded request (4 MiB) plus a full batch."""
+MAX_MESSAGE = 48 << 20
+"""Receive limit of peer streams: above the largest thing that travels in one piece, a dispatch with all inline results of a run
+(16 MiB, DESIGN 14) as texts inside JSON. A message over it would break the stream again and again."""
 
 
 Context = grpc.aio.ServicerContext[AsyncIterator[pb.ExchangeRequest], AsyncIterator[pb.ExchangeResponse]]

@@ -21,12 +21,13 @@ from typing import Any
 
 from cluster_agent.executors.base import AttemptKey, Cause, CensusEntry, Exited, Limits, Phase, PythonCall, StartRequest
 
-VERSION = 1
+VERSION = 2
 """Raised when an old guard would misread a new agent; such a guard is left to end its work and is then replaced."""
 
-MAX_FRAME = 16 << 20
-"""Bytes of one message. Larger than any legal start (64 KiB of arguments, 32 KiB of environment, inputs); smaller would
-refuse wide joins, larger would let one broken peer take the guard's memory."""
+MAX_FRAME = 64 << 20
+"""Bytes of one message. Larger than any legal start: the inputs of a wide join are the inline results of a whole run (16 MiB,
+DESIGN 14), as texts inside JSON inside base64. Smaller would refuse such joins; larger would let one broken peer take the
+guard's memory."""
 
 START_BATCH_BYTES = 1 << 20
 """Of start requests in one message: renewals and stops sent after it do not wait behind a longer one."""
@@ -39,9 +40,14 @@ KEEPERS = "keepers.lock"
 
 _FOR_PIP = ("PIP_", "SSL_CERT_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 
+_LIMITS = tuple(each.name for each in fields(Limits))
+
 _LENGTH = struct.Struct(">I")
 
 Message = dict[str, Any]
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+"""Made once: `json.dumps` with separators makes an encoder a call."""
 
 
 def for_pip(env: Mapping[str, str]) -> dict[str, str]:
@@ -55,7 +61,7 @@ class ProtocolError(Exception):
 
 def encode(message: Message) -> bytes:
     """One frame. Raises ProtocolError when it is too large."""
-    body = json.dumps(message, separators=(",", ":")).encode()
+    body = _encode(message).encode()
     if len(body) > MAX_FRAME:
         raise ProtocolError(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME}")
     return _LENGTH.pack(len(body)) + body
@@ -111,13 +117,15 @@ def start_to_wire(request: StartRequest) -> Message:
         "gen": request.generation,
         "argv": list(request.argv),
         "env": dict(request.env),
-        "limits": {field.name: getattr(request.limits, field.name) for field in fields(Limits)},
+        "limits": {name: getattr(request.limits, name) for name in _LIMITS},
         "stop_at": request.stop_at,
         "timeout": request.timeout_seconds,
         "grace": request.grace_seconds,
         "keep": request.keep_at_fence,
-        "inputs": base64.b64encode(request.inputs).decode(),
+        "inputs": base64.b64encode(request.inputs).decode() if request.inputs else "",
     }
+    if request.slots:
+        wire["slots"] = request.slots
     call = request.python
     if call is not None:
         wire["python"] = {
@@ -148,19 +156,19 @@ def start_batches(requests: Sequence[StartRequest]) -> Iterator[list[Message]]:
 
 def start_from_wire(wire: Message) -> StartRequest:
     """Inverse of `start_to_wire`. Raises ValueError, KeyError or TypeError on nonsense."""
-    known = {field.name for field in fields(Limits)}
     return StartRequest(
         key=AttemptKey.parse(wire["key"]),
         generation=int(wire["gen"]),
         argv=tuple(str(arg) for arg in wire["argv"]),
         env={str(name): str(value) for name, value in wire["env"].items()},
-        limits=Limits(**{name: int(value) for name, value in wire["limits"].items() if name in known}),
+        limits=Limits(**{name: int(value) for name, value in wire["limits"].items() if name in _LIMITS}),
         stop_at=wire["stop_at"],
         timeout_seconds=wire["timeout"],
         grace_seconds=float(wire["grace"]),
         keep_at_fence=bool(wire["keep"]),
         inputs=base64.b64decode(wire["inputs"]),
         python=_call_from_wire(wire["python"]) if "python" in wire else None,
+        slots=int(wire.get("slots", 0)),
     )
 
 
@@ -185,7 +193,7 @@ def code_from_wire(wire: Message) -> tuple[str, bytes]:
 
 def exit_to_wire(exited: Exited) -> Message:
     """An Exited as JSON; also how the ledger keeps it."""
-    return {
+    wire: Message = {
         "key": exited.key.text(),
         "cause": exited.cause.value,
         "code": exited.exit_code,
@@ -196,6 +204,9 @@ def exit_to_wire(exited: Exited) -> Message:
         "message": exited.message,
         "late": exited.late,
     }
+    if exited.files_of:
+        wire["files"] = exited.files_of
+    return wire
 
 
 def exit_from_wire(wire: Message) -> Exited:
@@ -210,12 +221,13 @@ def exit_from_wire(wire: Message) -> Exited:
         result=base64.b64decode(wire["result"]),
         message=wire["message"],
         late=wire["late"],
+        files_of=str(wire.get("files", "")),
     )
 
 
 def entry_to_wire(entry: CensusEntry) -> Message:
     """A CensusEntry as JSON."""
-    wire: Message = {"key": entry.key.text(), "gen": entry.generation, "phase": entry.phase.value}
+    wire: Message = {"key": entry.key.text(), "gen": entry.generation, "phase": entry.phase.value, "run": entry.run}
     if entry.exited is not None:
         wire["exited"] = exit_to_wire(entry.exited)
     return wire
@@ -224,4 +236,5 @@ def entry_to_wire(entry: CensusEntry) -> Message:
 def entry_from_wire(wire: Message) -> CensusEntry:
     """Inverse of `entry_to_wire`."""
     exited = exit_from_wire(wire["exited"]) if "exited" in wire else None
-    return CensusEntry(AttemptKey.parse(wire["key"]), wire["gen"], Phase(wire["phase"]), exited)
+    run = str(wire.get("run", ""))
+    return CensusEntry(AttemptKey.parse(wire["key"]), wire["gen"], Phase(wire["phase"]), exited, run)

@@ -1,190 +1,71 @@
 """A warm Python worker: one process that calls one function at a time for its guard. Runs as a script, alone.
 
 It may run under any Python of 3.9 or newer in a virtual environment where nothing of Baton is installed, so it imports the
-standard library only. The guard owns it as it owns any workload (keeper, cgroup, lease, G1, G4) and talks to it over its
-standard input, a SEQPACKET socket: a task comes as one message with the descriptor of its log, an answer goes back as
-one message. There is never more than one task here (no prefetch, hence no recall: G5 holds trivially).
+standard library only. The guard owns it as it owns any workload (keeper, cgroup, lease, G1, G4). Tasks come over its standard
+input, a SEQPACKET socket, one message each; answers go back over another one, whose end is its first message. More tasks may
+wait in the socket, and the guard may take them out again, at its own copy of this end: a message is received once, so what
+the guard got back was never begun (G5). Hence one task is received when the one before is answered, never earlier, and a worker
+that is not fit for another one (`soiled`) receives none.
+
+A no-op must cost next to nothing. To make and delete a directory costs 100 us here, to rename one 8: a log and a working directory
+that the last task left empty become those of the next one, what is rarely asked for (checkpoints, the file of inputs) is made
+when its name is looked up or a child is started, and only what differs from the last task's environment is set.
 
 argv[1] is a JSON object: `code` (archive) and `code_dir` (where it is unpacked), or empty; `requirements`, `venv` and
-`venvs` (the folder of them); `packages`: where `baton` lies, for scripts that import it.
-
-Before the first task the environment is made, its words going to that task's log. Environments are shared by workers: a
-lock file per environment is held exclusively while it is made and shared while it is used, so the oldest unused one can
-be deleted safely. A failure is remembered for a moment, so that a wide graph does not install the same mistake a
-thousand times.
+`venvs` (the folder of them); `packages`: where `baton` lies, for scripts that import it. What becomes of them:
+python_environment.py.
 """
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import array
-import fcntl
+import errno
 import importlib
-import importlib.abc
-import importlib.machinery
+import importlib.util
 import json
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
-import zipfile
 from typing import Any
 
 MAX_MESSAGE = 1 << 20
 """Largest task message. The guard's socket buffer bounds it anyway; this is only the size of our buffer."""
 
-INSTALL_SECONDS = 600
-"""For pip to install all requirements. Smaller fails big wheels on slow lines; larger keeps a stuck attempt waiting."""
-
-MAX_ENVIRONMENTS = 8
-"""Virtual environments kept. Each may have hundreds of MB; fewer would make two alternating graphs install for ever."""
-
-FAILURE_SECONDS = 30
-"""For so long a failed installation is answered from memory. Longer would ignore that an index is back."""
+MAX_RESULT = 1 << 30
+"""Bytes of a result that becomes an artifact: whoever uses it has it in memory as one value (baton.artifacts.MAX_RESULT_BYTES)."""
 
 MESSAGE_CHARS = 480
 """Of a failure's sentence: the control plane keeps 500. The whole traceback is in the log."""
 
-RESULT_KEY, ARGS_KEY = "$baton.result", "$baton.args"
+encode, decode = json.JSONEncoder().encode, json.JSONDecoder().decode
+encode_result = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
+"""Made once; `json.dumps` and `json.loads` look at all their options a call."""
+
+RESULT_KEY, RANGE_KEY, ARGS_KEY = "$baton.result", "$baton.results", "$baton.args"
 
 
-class Unprepared(Exception):
-    """The environment or the function cannot be had; the words say who is at fault."""
+def _beside(name: str) -> Any:
+    """A module of this folder, which is not on the path of a task."""
+    spec: Any = importlib.util.spec_from_file_location(name, os.path.join(os.path.dirname(__file__), f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-# --- the environment --------------------------------------------------------------------------------------------------
+environment = _beside("python_environment")
+Unprepared = environment.Unprepared
 
 
-def prepare(plan: dict[str, Any]) -> None:
-    """Be in the right interpreter with the right path; may exec this script anew. Raises Unprepared."""
-    if plan["requirements"] and os.path.realpath(sys.prefix) != os.path.realpath(plan["venv"]):
-        lock = _environment(plan)
-        os.set_inheritable(lock, True)  # held, shared, by the worker that comes after the exec
-        python = os.path.join(plan["venv"], "bin", "python")
-        os.dup2(CONTROL.fileno(), 0)
-        os.execv(python, [python, "-I", "-u", __file__, json.dumps({**plan, "lock": lock})])
-    if "lock" in plan:
-        os.set_inheritable(plan["lock"], False)
-    if plan["code"]:
-        sys.path.insert(0, _unpack(plan["code"], plan["code_dir"]))
-    sys.meta_path.append(BatonFinder(plan["packages"]))
+class Unfit(Exception):
+    """What the function returned cannot be its result."""
 
-
-def _environment(plan: dict[str, Any]) -> int:
-    """Make the virtual environment unless it is there; returns a descriptor with a shared lock on it."""
-    os.makedirs(plan["venvs"], exist_ok=True)
-    lock = os.open(plan["venv"] + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    done = os.path.join(plan["venv"], ".complete")
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    while not os.path.exists(done):
-        fcntl.flock(lock, fcntl.LOCK_EX)  # not atomic: somebody may have made it meanwhile
-        if not os.path.exists(done):
-            _known_failure(plan["venv"] + ".failed")
-            _make_room(plan)
-            _install(plan)
-            with open(done, "w"):
-                pass
-        fcntl.flock(lock, fcntl.LOCK_SH)
-    os.utime(done)
-    return lock
-
-
-def _known_failure(path: str) -> None:
-    """Raises Unprepared with the words of a failure that is younger than FAILURE_SECONDS."""
-    try:
-        age = time.time() - os.stat(path).st_mtime  # noqa: TID251 - a script of its own, compared with a file's time
-        if 0 <= age < FAILURE_SECONDS:
-            with open(path) as file:
-                raise Unprepared(file.read())
-    except FileNotFoundError:
-        return
-
-
-def _make_room(plan: dict[str, Any]) -> None:
-    """Delete the environments longest unused, except those in use."""
-    made = []
-    for entry in os.scandir(plan["venvs"]):
-        if entry.is_dir() and entry.path != plan["venv"]:
-            mark = os.path.join(entry.path, ".complete")
-            made.append((os.stat(mark).st_mtime if os.path.exists(mark) else 0.0, entry.path))
-    for _used, path in sorted(made)[: max(0, len(made) - MAX_ENVIRONMENTS + 1)]:
-        lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(lock)
-
-
-def _install(plan: dict[str, Any]) -> None:
-    shutil.rmtree(plan["venv"], ignore_errors=True)
-    try:
-        _run([sys.executable, "-I", "-m", "venv", plan["venv"]], "a virtual environment cannot be made here")
-        pip = [os.path.join(plan["venv"], "bin", "python"), "-I", "-m", "pip", "--disable-pip-version-check", "install"]
-        words = plan["requirements"]
-        what = f"package {words[0]} does" if len(words) == 1 else f"packages {', '.join(words)} do"
-        _run([*pip, "--no-input", "--progress-bar", "off", *words], f"{what} not install")
-    except Unprepared as error:
-        shutil.rmtree(plan["venv"], ignore_errors=True)
-        with open(plan["venv"] + ".failed", "w") as file:
-            file.write(str(error))
-        raise
-
-
-def _run(argv: list[str], fault: str) -> None:
-    """Run a step, its output in the log too. Raises Unprepared with the step's own last words."""
-    try:
-        step = subprocess.run(
-            argv,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=INSTALL_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise Unprepared(f"{fault}: not done in {INSTALL_SECONDS} s") from None
-    os.write(1, step.stdout)
-    if step.returncode:
-        lines = [line.strip() for line in step.stdout.decode("utf-8", "replace").splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")]
-        words = (errors or lines or [f"exit code {step.returncode}"])[-1]
-        raise Unprepared(f"{fault}: {words}")
-
-
-def _unpack(archive: str, folder: str) -> str:
-    """The unpacked code; made once, by renaming, so that it is never seen half."""
-    if not os.path.isdir(folder):
-        draft = tempfile.mkdtemp(prefix=f"{os.path.basename(folder)}.", dir=os.path.dirname(folder))
-        try:
-            with zipfile.ZipFile(archive) as packed:
-                packed.extractall(draft)
-        except (OSError, zipfile.BadZipFile, RuntimeError) as error:
-            raise Unprepared(f"the packed code cannot be unpacked: {error}") from None
-        try:
-            os.rename(draft, folder)
-        except OSError:  # another worker was faster
-            shutil.rmtree(draft, ignore_errors=True)
-    return folder
-
-
-class BatonFinder(importlib.abc.MetaPathFinder):
-    """Finds the package `baton`, and nothing else beside it, for scripts whose environment does not have it."""
-
-    def __init__(self, packages: str) -> None:
-        self._path = [packages]
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> Any:  # noqa: ARG002 - importlib's own
-        """As importlib asks."""
-        if name != "baton":
-            return None
-        return importlib.machinery.PathFinder.find_spec(name, self._path)
+    def __init__(self, fault: str, message: str) -> None:
+        super().__init__(message)
+        self.fault = fault
 
 
 # --- one task ---------------------------------------------------------------------------------------------------------
@@ -198,48 +79,97 @@ class Worker:
         self._pid = os.getpid()
         self._home = (os.dup(1), os.dup(2))
         self._modules_path = list(sys.path)
+        self._env: dict[str, str] = {}
+        self._environ: dict[Any, Any] = {}
+        """What `_env` made of `os.environ`: what differs from it is what a task did."""
+        self._log = self._directory = ""
+        """Those of the last task, if it left them empty."""
+        os.environ.__class__ = LazyEnviron
 
-    def serve(self, head: dict[str, Any], args: bytes, log: int) -> bytes:
-        """Call the function of one task; returns the answer."""
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.close(log)
-        os.environ.clear()
-        os.environ.update(head["env"])
-        os.chdir(head["directory"])
-        answer: dict[str, Any] = {"key": head["key"]}
+    def serve(self, head: dict[str, Any], text: bytes) -> tuple[bytes, bool]:
+        """Call the function of one task; returns the answer, and whether this process is fit for another task."""
+        answer: dict[str, Any] = {"key": head["key"], "from": time.time()}  # noqa: TID251 - a script of its own
         result = b""
+        args, inputs = text[: head["args"]], text[head["args"] :]
         try:
-            result = self._call(head, args, answer)
+            self._enter(head, inputs)
+            result = self._call(head, args, inputs, answer)
         except Unprepared as error:
             answer.update(fault="spawn", message=str(error)[:MESSAGE_CHARS])
+        except Unfit as error:
+            answer.update(fault=error.fault, message=str(error)[:MESSAGE_CHARS])
         except BaseException as error:  # noqa: BLE001 - whatever the function raises is its attempt's failure
             answer.update(fault="raised", message=_words(error))
         if os.getpid() != self._pid:
             os._exit(70)  # a fork that the function let return: only its parent answers
+        answer["to"] = time.time()  # noqa: TID251 - as above
         self._clean(answer)
-        return json.dumps(answer).encode() + b"\n" + result
+        self._leave(head, answer)
+        return encode(answer).encode() + b"\n" + result, "soiled" not in answer
 
-    def _call(self, head: dict[str, Any], args: bytes, answer: dict[str, Any]) -> bytes:
-        positional, named = arguments(args, head["inputs"])
+    def _enter(self, head: dict[str, Any], inputs: bytes) -> None:
+        """Be where the task belongs: its log, its environment, its own directory. Raises Unprepared."""
+        try:
+            _renamed_or(_open_log, self._log, head["log"])
+            _renamed_or(_make_directory, self._directory, head["directory"])
+            os.chdir(head["directory"])
+        except OSError as error:
+            raise Unprepared(f"the executor's disk refused its directories: {error.strerror}") from None
+        finally:
+            self._log = self._directory = ""
+        env = head["env"]
+        if os.environ._data != self._environ:  # type: ignore[attr-defined]  # noqa: SLF001 - one comparison, not a copy
+            os.environ.clear()
+            os.environ.update(env)
+        else:
+            for name in self._env.keys() - env.keys():
+                del os.environ[name]
+            for name, value in env.items():
+                if self._env.get(name) != value:
+                    os.environ[name] = value
+        self._env, self._environ = env, dict(os.environ._data)  # type: ignore[attr-defined]  # noqa: SLF001 - as above
+        LAZY["BATON_CHECKPOINT_DIR"] = lambda: _make_directory(head["checkpoint"])
+        LAZY["BATON_ARTIFACTS_DIR"] = lambda: _make_directory(head["artifacts"])
+        if inputs:
+            LAZY["BATON_INPUTS"] = lambda: _write(head["inputs"], inputs)
+
+    def _leave(self, head: dict[str, Any], answer: dict[str, Any]) -> None:
+        """Be nowhere. `left`: something is in its directories; `log`: bytes of its log."""
+        LAZY.clear()
+        os.chdir("/")
+        try:
+            size = os.stat(head["log"]).st_size
+            with os.scandir(head["directory"]) as entries:
+                empty = next(entries, None) is None
+        except OSError:
+            size, empty = 0, False
+        if size:
+            answer["log"] = size
+            os.dup2(self._home[0], 1)
+            os.dup2(self._home[1], 2)
+        else:
+            self._log = head["log"]
+        if empty:
+            self._directory = head["directory"]
+        if not empty or os.path.exists(head["checkpoint"]):
+            answer["left"] = True
+        if not empty and _holds(head["artifacts"]):
+            answer["made"] = True
+
+    def _call(self, head: dict[str, Any], args: bytes, inputs: bytes, answer: dict[str, Any]) -> bytes:
+        positional, named = arguments(args, inputs, head["inputs"], head["env"].get("BATON_INPUT_DIR", ""))
         value = self._function(head["function"])(*positional, **named)
         if hasattr(value, "__await__"):
             value = importlib.import_module("asyncio").run(value)
         try:
-            result = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+            result = encode_result(value).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            answer.update(fault="result", message=f"the function returned {type(value).__name__}, not JSON: {error}")
-            return b""
+            raise Unfit("result", f"the function returned {type(value).__name__}, not JSON: {error}") from None
         limit = head["result_bytes"]
-        if limit and len(result) > limit:
-            size = f"{limit // 1024} KiB" if limit % 1024 == 0 else f"{limit} bytes"
-            answer.update(
-                fault="result",
-                message=f"the result has {len(result)} bytes, over the limit of {size} for inline results; store it "
-                "elsewhere and return its name",
-            )
-            return b""
-        return result
+        if not limit or len(result) <= limit:
+            return result
+        _leave_result(head["artifacts"], result)
+        return b""
 
     def _function(self, name: str) -> Any:
         """The function, imported once. Raises Unprepared, saying what is missing where."""
@@ -276,26 +206,127 @@ class Worker:
         threading = sys.modules.get("threading")
         if threading is not None and threading.active_count() > 1:
             answer["soiled"] = True
-        for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
-            if signal.getsignal(number) is not default:
+        if _has_children():
+            answer["soiled"] = True
+        for number, default in HANDLERS:
+            if _signal.getsignal(number) != default:
                 signal.signal(number, default)
         signal.alarm(0)
         sys.path[:] = self._modules_path
         os.umask(0o022)
-        os.chdir("/")
-        os.dup2(self._home[0], 1)
-        os.dup2(self._home[1], 2)
 
 
-def arguments(text: bytes, inputs: str) -> tuple[list[Any], dict[str, Any]]:
-    """Positional and named arguments, with the results of parents in their places. Raises Unprepared."""
-    value = json.loads(text)
+HANDLERS = ((int(signal.SIGTERM), int(signal.SIG_DFL)), (int(signal.SIGINT), signal.default_int_handler))
+"""As `_signal` knows them: its wrapper `signal` makes an enumeration's member of each answer."""
+
+LAZY: dict[str, Any] = {}
+"""What is to be made before somebody uses the path in this variable of the environment."""
+
+
+def make_lazy(names: Any) -> None:
+    """Make those."""
+    for name in names:
+        make = LAZY.pop(name, None)
+        if make is not None:
+            make()
+
+
+class LazyEnviron(type(os.environ)):  # type: ignore[misc]
+    """`os.environ`, whose paths are there once they were looked up."""
+
+    def __getitem__(self, name: str) -> str:
+        if name in LAZY:
+            make_lazy([name])
+        return str(super().__getitem__(name))
+
+
+def _before_children(event: str, _args: object) -> None:
+    """An audit hook: a child inherits the environment without a look at it."""
+    if LAZY and event in ("subprocess.Popen", "os.system", "os.fork", "os.exec", "os.posix_spawn"):
+        make_lazy(list(LAZY))
+
+
+def _renamed_or(make: Any, old: str, new: str) -> None:
+    """Rename, or make it if there is nothing to rename or something in the way. Raises OSError."""
+    if old:
+        try:
+            os.rename(old, new)
+            return
+        except OSError:
+            pass
+    make(new)
+
+
+def _open_log(path: str) -> None:
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+def _make_directory(path: str) -> None:
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:  # with the inputs, or with the checkpoint of an earlier attempt
+        os.utime(path)
+
+
+def _holds(directory: str) -> bool:
+    """Whether it has something in it; an empty one goes."""
+    try:
+        os.rmdir(directory)
+    except OSError as error:
+        return error.errno == errno.ENOTEMPTY
+    return False
+
+
+def _leave_result(directory: str, result: bytes) -> None:
+    """A result that is too long to travel with the report becomes the artifact `result`. Raises Unfit."""
+    if len(result) > MAX_RESULT:
+        words = f"the result has {len(result)} bytes, over the limit of 1 GiB"
+        raise Unfit("result", f"{words}: write files to the folder $BATON_ARTIFACTS_DIR and return something small")
+    os.makedirs(directory, 0o700, exist_ok=True)
+    path = os.path.join(directory, "result")
+    if os.path.lexists(path):
+        words = (
+            "the function returned a result that becomes the artifact 'result', and wrote an artifact of that name too"
+        )
+        raise Unfit("result", words)
+    try:
+        _write(path, result)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        words = f"no room for a result of {len(result)} bytes on the cluster's disk, at {directory}: free some there"
+        raise Unfit("carriage", words) from None
+
+
+def _write(path: str, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def _has_children() -> bool:
+    """Whether a process of the task is left. The keeper made this process a subreaper (keeper.py): whatever it was to, an orphan
+    is a child of ours, and one call tells. Collects the dead."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return False
+    return True
+
+
+def arguments(text: bytes, inputs: bytes, path: str, files: str = "") -> tuple[list[Any], dict[str, Any]]:
+    """Positional and named arguments, with the results of parents in their places: of `inputs`, or long ones in a file, or each
+    in its own below `files`. Raises Unprepared."""
+    value = decode(text.decode())
     if RESULT_KEY.encode() in text:
-        results = {}
-        if os.path.exists(inputs):
-            with open(inputs, encoding="utf-8") as file:
+        results = json.loads(inputs) if inputs else {}
+        if not inputs and os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
                 results = json.load(file)
-        value = _fill(value, results)
+        value = _fill(value, results, files)
     if isinstance(value, list):
         return value, {}
     if not isinstance(value, dict):
@@ -303,20 +334,36 @@ def arguments(text: bytes, inputs: str) -> tuple[list[Any], dict[str, Any]]:
     return value.pop(ARGS_KEY, []), value
 
 
-def _fill(value: Any, results: dict[str, str]) -> Any:
+def _fill(value: Any, results: dict[str, str], files: str) -> Any:
     if isinstance(value, list):
-        return [_fill(each, results) for each in value]
+        return [_fill(each, results, files) for each in value]
     if not isinstance(value, dict):
         return value
+    if len(value) == 1 and RANGE_KEY in value:
+        prefix, first, end = value[RANGE_KEY]
+        return [_fill({RESULT_KEY: f"{prefix}{number}"}, results, files) for number in range(first, end)]
     if len(value) == 1 and RESULT_KEY in value:
         text = results.get(value[RESULT_KEY])
+        if text is None and files:
+            text = _large(os.path.join(files, value[RESULT_KEY], "result"))
         if text is None:
             return None  # the parent has no result: skipped or failed
         try:
             return json.loads(text)
         except ValueError:
             return text  # a program's result that is no JSON
-    return {key: _fill(each, results) for key, each in value.items()}
+    return {key: _fill(each, results, files) for key, each in value.items()}
+
+
+def _large(path: str) -> Any:
+    """A parent's result that is an artifact; None if it has none. Raises Unprepared."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise Unprepared(f"{path} is no text: its task wrote other bytes; read them with baton.input_path") from None
 
 
 def _words(error: BaseException) -> str:
@@ -336,29 +383,28 @@ def _words(error: BaseException) -> str:
     ]
 
 
-def _receive(flags: int) -> tuple[bytes, int]:
-    """A message and the descriptor that came with it. (`socket.recv_fds` of Python 3.11 drops its flags.)"""
+def _hello() -> int:
+    """The guard's first message: our end of the socket for answers."""
     room = socket.CMSG_SPACE(array.array("i").itemsize)
-    data, ancillary, _flags, _address = CONTROL.recvmsg(MAX_MESSAGE, room, flags)
+    _data, ancillary, _flags, _address = CONTROL.recvmsg(1, room)  # `socket.recv_fds` of Python 3.11 drops its flags
     fds = array.array("i")
     for _level, _type, content in ancillary:
         fds.frombytes(content)
-    return data, fds[0] if fds else -1
+    return fds[0]
 
 
-def main() -> None:
-    """Prepare, then serve until the guard is gone."""
-    plan = json.loads(sys.argv[1])
-    data, log = _receive(socket.MSG_PEEK)  # whoever serves the task, perhaps after an exec, takes it once more
+def _prepare_for_first(plan: dict[str, Any]) -> str:
+    """Make the environment, its words going to the first task's log; returns why that failed, if it did."""
+    data = CONTROL.recv(
+        MAX_MESSAGE, socket.MSG_PEEK
+    )  # whoever serves the task, perhaps after an exec, takes it once more
     if not data:
-        return
+        sys.exit()
     kept = os.dup(1), os.dup(2)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
     failure = ""
     try:
-        prepare(plan)
+        _open_log(json.loads(data.partition(b"\n")[0])["log"])
+        environment.prepare(plan, CONTROL.fileno(), __file__)
     except Unprepared as error:
         failure = str(error)
     except OSError as error:
@@ -367,23 +413,36 @@ def main() -> None:
     os.dup2(kept[1], 2)
     for fd in kept:
         os.close(fd)
+    return failure
+
+
+def main() -> None:
+    """Prepare, then serve until the guard is gone."""
+    plan = json.loads(sys.argv[1])
+    if "answers" not in plan:
+        plan["answers"] = _hello()
+    failure = _prepare_for_first(plan)
+    answers = socket.socket(fileno=plan["answers"])
+    answers.set_inheritable(False)
     worker = Worker()
-    ready = not plan["requirements"]
-    while True:
-        data, log = _receive(0)
+    sys.addaudithook(_before_children)
+    ready, fit = not plan["requirements"], True
+    while fit:
+        data = CONTROL.recv(MAX_MESSAGE)
         if not data:
             return
         line, _, args = data.partition(b"\n")
-        head = json.loads(line)
+        head = decode(line.decode())
         if failure:
-            CONTROL.send(
-                json.dumps({"key": head["key"], "fault": "spawn", "message": failure, "soiled": True}).encode() + b"\n"
-            )
-            return
+            said = {"key": head["key"], "fault": "spawn", "message": failure, "soiled": True, "left": True}
+            answers.send(json.dumps(said).encode() + b"\n")
+            break
         if not ready:
             ready = True
-            CONTROL.send(json.dumps({"ready": head["key"]}).encode() + b"\n")
-        CONTROL.send(worker.serve(head, args, log))
+            answers.send(json.dumps({"ready": head["key"]}).encode() + b"\n")
+        answer, fit = worker.serve(head, args)
+        answers.send(answer)
+    signal.pause()  # unfit: the guard ends this process, and what the task left with it
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from control_plane.core.commands import (
 )
 from control_plane.core.deadline import CyclicGraph, critical_path
 from control_plane.core.events import (
+    ARTIFACTS_LEVEL,
     GraphPut,
     NamespacePut,
     RequestRecorded,
@@ -50,7 +51,7 @@ PART_BYTES = 120 * 1024
 
 
 def create_run(state: ShardState, command: CreateRun, batch: Batch) -> str:
-    """Admit a run; returns its uid. Refused: INVALID_FIELD, LIMIT_EXCEEDED, NAME_TAKEN, INFEASIBLE, and those of O8."""
+    """Admit a run; returns its uid. Refused: INVALID_FIELD, LIMIT_EXCEEDED, NAME_TAKEN, INFEASIBLE, WRONG_STATE, and those of O8."""
     known = state.requests.known(command.request, batch.now)
     if known is not None:
         return known
@@ -61,7 +62,7 @@ def create_run(state: ShardState, command: CreateRun, batch: Batch) -> str:
     holder = state.names.get(name) or state.archived.get(name, ("", 0.0))[0]
     if holder:
         raise Refused("NAME_TAKEN", f"run {command.run_id} exists already in namespace {command.namespace}", "run_id")
-    _check_tasks(command.tasks)
+    _check_tasks(command.tasks, batch.level)
     if command.deadline <= batch.now:
         raise Refused("INVALID_FIELD", "the deadline has passed already", "deadline_time")
     least = _critical_path(command.tasks)
@@ -129,7 +130,7 @@ def _spec_weight(spec: TaskSpec) -> int:
     return 120 + sum(len(key) + len(value) + 6 for key, value in pairs) + sum(len(word) + 3 for word in words)
 
 
-def _check_tasks(tasks: Sequence[GraphTask]) -> None:
+def _check_tasks(tasks: Sequence[GraphTask], level: int) -> None:
     if not tasks:
         raise Refused("INVALID_FIELD", "a graph needs at least one task", "spec.tasks")
     if len(tasks) > MAX_TASKS:
@@ -138,6 +139,9 @@ def _check_tasks(tasks: Sequence[GraphTask]) -> None:
         )
     if len({task.id for task in tasks}) != len(tasks):
         raise Refused("INVALID_FIELD", "task ids must be unique in the graph", "spec.tasks")
+    if level < ARTIFACTS_LEVEL and any(task.spec.python and task.spec.python.stored for task in tasks):
+        message = f"stored code needs feature level {ARTIFACTS_LEVEL}, the operator's federation is at {level}"
+        raise Refused("WRONG_STATE", message, "spec.codes")  # older replicas would dispatch it without its bytes (J11)
 
 
 def _critical_path(tasks: Sequence[GraphTask]) -> float:
@@ -165,12 +169,13 @@ def cancel_run(state: ShardState, command: CancelRun, batch: Batch) -> str:
 
 
 def put_graph(state: ShardState, command: PutGraph, batch: Batch) -> tuple[str, int]:
-    """Store a version; returns (uid, version). Refused: INVALID_FIELD, LIMIT_EXCEEDED, ETAG_MISMATCH, and those of O8."""
+    """Store a version; returns (uid, version). Refused: INVALID_FIELD, LIMIT_EXCEEDED, ETAG_MISMATCH, WRONG_STATE, and those of
+    O8."""
     known = state.requests.known(command.request, batch.now)
     if known is not None:
         uid, _, number = known.rpartition(".")
         return uid, int(number)
-    _check_tasks(command.tasks)
+    _check_tasks(command.tasks, batch.level)
     _critical_path(command.tasks)
     seen: set[int] = set()
     size = sum(_weight(task, seen) for task in command.tasks)

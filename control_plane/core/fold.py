@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from control_plane.core import events as e
+from control_plane.core import inline
 from control_plane.core.files import Files
 from control_plane.core.image import restore_run, restore_shard
 from control_plane.core.model import ArtifactRef, AttemptId, AttemptState, Evidence, RunState, Stamp, TaskState
@@ -136,7 +137,7 @@ def _accept(state: ShardState, run: Run, task: int, result: bytes, wall: float, 
     run.accepted_total += 1
     if result:
         run.results[task] = result
-        run.result_bytes += len(result)
+        run.result_bytes += inline.weight(result)
     run.reasons.pop(task, None)
     _stop_members(state, run, task, wall)
     _end(state, run, task, TaskState.SUCCEEDED, wall, opened)

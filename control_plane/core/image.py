@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from control_plane.core import inline
 from control_plane.core.files import Carried, Files, Made
 from control_plane.core.model import ArtifactRef, AttemptId, AttemptState, Evidence, RunState, TaskState
 from control_plane.core.run import Attempt, Run
@@ -70,7 +71,7 @@ def restore_run(state: ShardState, run: Run, image: bytes, incarnation: int) -> 
     run.not_before = dict(said["not_before"])
     run.reasons = dict(said["reasons"])
     run.results = {task: base64.b64decode(result) for task, result in said["results"]}
-    run.result_bytes = sum(map(len, run.results.values()))
+    run.result_bytes = sum(map(inline.weight, run.results.values()))
     run.undecided = dict(said["undecided"])
     if "published" in said:
         run.files = _files_of(run.uid, said)

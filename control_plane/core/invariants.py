@@ -5,6 +5,7 @@ everything, and says which promise is broken where."""
 
 from __future__ import annotations
 
+from control_plane.core import inline
 from control_plane.core.files import ATTEMPT_ARTIFACTS, RESULT, RUN_ARTIFACTS, checkpoint_number
 from control_plane.core.model import AttemptState, RunState, TaskState
 from control_plane.core.run import KEPT_CHANGES, KEPT_EVENTS, Run, holds
@@ -34,7 +35,7 @@ def _columns(run: Run) -> None:
     assert run.counts == [run.states.count(value) for value in range(len(TaskState) + 1)], f"{where}: counts by state"
     assert run.open == sum(run.counts[: TaskState.SUCCEEDED]), f"{where}: open tasks"
     assert run.accepted_total == sum(run.accepted) == run.counts[TaskState.SUCCEEDED], f"{where}: accepted results"
-    assert run.result_bytes == sum(map(len, run.results.values())), f"{where}: bytes of results"
+    assert run.result_bytes == sum(map(inline.weight, run.results.values())), f"{where}: bytes of results"
     assert not run.state.final or not (run.open or run.live or run.undecided), f"{where}: final with work left"
 
 

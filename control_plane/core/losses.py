@@ -48,6 +48,7 @@ class Want:
 
 def take_table(state: ShardState, table: FleetTable) -> None:
     """Fleet's table as a level (S5): look again at all work on clusters that are fenced, suspect or draining."""
+    state.outbox.demand |= table.seq > state.table.seq
     if not state.see(table):
         return
     clusters = {cluster for cluster, _ in state.fenced}
@@ -61,7 +62,6 @@ def take_table(state: ShardState, table: FleetTable) -> None:
         troubled = facts.health is not Health.READY or facts.admission is Admission.DRAINING
         if troubled or cluster in clusters:
             state.review.extend((id_.run, id_.task) for id_ in here)
-    state.outbox.demand = True
 
 
 def fence(state: ShardState, command: GenerationFenced) -> None:

@@ -12,11 +12,12 @@ from control_plane.core.model import ClusterFacts, Group, Resources
 @dataclass(frozen=True, slots=True)
 class Offer:
     """A cluster and its room. `shapes` is None while its current generation has not reported. `changes` are tasks placed (> 0)
-    or ended (< 0) since that report (C4)."""
+    or ended (< 0) since that report (C4). `queue_limit`: tasks that its agent lets wait beyond the room; 0: none."""
 
     facts: ClusterFacts
     shapes: tuple[Shape, ...] | None
     changes: tuple[tuple[Resources, int], ...] = ()
+    queue_limit: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class Holding:
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything `place` looks at. A namespace without a weight has 1, one without a quota may have any number of live tasks.
-    `closed` are namespaces that get nothing now, each with the sentence that says why."""
+    `closed` are namespaces that get nothing now, each with the sentence that says why. `runs` are learned run times, seconds by
+    key of group."""
 
     offers: tuple[Offer, ...]
     wants: tuple[Want, ...]
@@ -54,6 +56,7 @@ class Snapshot:
     weights: Mapping[str, float] = field(default_factory=dict)
     quotas: Mapping[str, int] = field(default_factory=dict)
     closed: Mapping[str, str] = field(default_factory=dict)
+    runs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

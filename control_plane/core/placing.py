@@ -52,7 +52,8 @@ def demand(state: ShardState, now: float) -> list[DemandLine]:
         head = lane.head()
         if lane.count > 0 and head is not None:
             run, task = head
-            lines.append(DemandLine(key, lane.group, lane.count, run.latest_start(task) - now, lane.since()))
+            slack = run.latest_start(task) - now
+            lines.append(DemandLine(key, lane.group, lane.count, slack, lane.since(), state.run_times.of(key)))
     return lines
 
 

@@ -20,17 +20,12 @@ from control_plane.core.events import (
     ResultsRefused,
     StopsConfirmed,
 )
+from control_plane.core.inline import RESULT_LIMIT, RUN_RESULTS_LIMIT, weight
 from control_plane.core.machine import Batch
-from control_plane.core.model import AttemptId, AttemptState, Outcome
+from control_plane.core.model import AttemptId, AttemptState, OnClusterLost, Outcome
 from control_plane.core.publishing import Publishing, commit_checkpoints
 from control_plane.core.run import Attempt, Run
 from control_plane.core.state import ShardState
-
-RESULT_LIMIT = 16 * 1024
-"""Bytes of one inline result (DESIGN 14); agents enforce it too."""
-
-RUN_RESULTS_LIMIT = 16 * 1024 * 1024
-"""Bytes of all inline results of a run (DESIGN 14)."""
 
 MESSAGE_LIMIT = 500
 """Characters kept of a report's message: it is one sentence, and it is stored several times."""
@@ -134,9 +129,8 @@ def _finished(state: ShardState, command: TakeReports, batch: Batch) -> set[Atte
                 row = (*row[:2], AttemptState.FAILED, False, row[4], b"", fault[:MESSAGE_LIMIT], *row[7:])
             if row[2] is AttemptState.SUCCEEDED:
                 succeeded.add(task)
-                if finish.start:
-                    state.run_times.learn(run.lanes[id_.task].key, finish.end - finish.start)
-                sizes[id_.run] = used + len(row[5])
+                _learn(state, run, finish)
+                sizes[id_.run] = used + weight(row[5])
             gone.add(id_)
             rows.setdefault(id_.run, []).append(row)
             if finish.outcome in _SLOT_FREED and id_ not in run.stops:
@@ -152,15 +146,23 @@ def _finished(state: ShardState, command: TakeReports, batch: Batch) -> set[Atte
     return gone
 
 
+def _learn(state: ShardState, run: Run, finish: Finish) -> None:
+    """So long a slot was busy with it (`core.run_times`). Work that is not copied when its cluster is lost (F7) teaches nothing: what
+    is queued of it would wait out the loss there, although it was never started."""
+    task = finish.attempt.task
+    if finish.start and run.tasks[task].spec.on_cluster_lost is OnClusterLost.RERUN_AFTER_FENCE:
+        state.run_times.learn(run.lanes[task].key, finish.end - finish.start)
+
+
 def _row(finish: Finish, used: int) -> Row:
     state, message, result = _STATES[finish.outcome], finish.message[:MESSAGE_LIMIT], finish.result
     if state is not AttemptState.SUCCEEDED:
         result = b""
     elif len(result) > RESULT_LIMIT:
         state, message, result = AttemptState.FAILED, f"its result is over the limit of {RESULT_LIMIT} bytes", b""
-    elif used + len(result) > RUN_RESULTS_LIMIT:
-        state, message = AttemptState.FAILED, f"inline results of the run would exceed {RUN_RESULTS_LIMIT} bytes"
-        result = b""
+    elif used + weight(result) > RUN_RESULTS_LIMIT:
+        state, result = AttemptState.FAILED, b""
+        message = f"inline results of the run would exceed {RUN_RESULTS_LIMIT} bytes, counted as JSON texts: write files instead"
     infra = finish.outcome in _INFRASTRUCTURE
     id_ = finish.attempt
     return (id_.task, id_.n, state, infra, finish.exit_code, result, message, finish.start, finish.end)

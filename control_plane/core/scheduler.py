@@ -15,20 +15,22 @@ Choice: a cluster must be READY and OPEN, bear the names, labels, isolation and 
 tolerated (`core.reasons`); then tasks are spread in proportion to how many more of them each cluster can hold, so that no
 cluster fills up while another idles, and one loss hurts least.
 
-No queue is planned beyond free room: owners tell at once which slots became free (`Offer.changes`), and a finished task's
-slot serves the next of its group without a visit here (C2), so short tasks need no queue of ours; a task queued behind a
-long one would miss the slot that another cluster frees first.
+Beyond free room only work that is known to be short is permitted, and only where nobody else waits for a slot (`core.queues`): it
+would spend most of its time on the way otherwise. Long work is never queued: behind a long task it would miss the slot that
+another cluster frees first. Owners tell at once which slots became free (`Offer.changes`), and a finished task's place serves
+the next of its group without a visit here (C2), in the queue as in a slot.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from control_plane.core.capacity import Need, Room, need_of, size_of
+from control_plane.core.capacity import Need, need_of, size_of
 from control_plane.core.model import ClusterFacts, Resources
 from control_plane.core.offers import Granted, Holding, Plan, Snapshot, Want
+from control_plane.core.queues import Queues, room_of
 from control_plane.core.reasons import candidates, reason_for, slots
 
 __all__ = ["HEADROOM", "MAX_GRANT", "SHARE_STEP", "URGENT_SLACK", "place"]
@@ -57,10 +59,18 @@ def place(snapshot: Snapshot, now: float) -> Plan:
     """Permit what fits, in order (see the module). Deterministic: equal snapshots give equal plans. `now` is wall seconds."""
     board = _Board(snapshot)
     tickets = [_Ticket(want, want.start_by - now < URGENT_SLACK) for want in snapshot.wants if want.count > 0]
-    for priority in sorted({ticket.want.group.priority for ticket in tickets}, reverse=True):
-        board.serve([ticket for ticket in tickets if ticket.want.group.priority == priority], snapshot.weights)
-    returning = board.returning(tickets, snapshot.holdings, snapshot.weights) | board.quotas.over(snapshot.holdings)
+    classes = sorted({ticket.want.group.priority for ticket in tickets}, reverse=True)
+    for priority in classes:
+        board.serve([ticket for ticket in tickets if ticket.want.group.priority == priority], board.slots_for)
+    for priority in classes:
+        board.queue([ticket for ticket in tickets if ticket.want.group.priority == priority])
+    returning = board.returning(tickets, snapshot.holdings) | board.quotas.over(snapshot.holdings)
     return Plan(tuple(_grants(tickets)), _reasons(tickets, board), returning)
+
+
+_Order = tuple[float, float, str, str]
+_RoomFor = Callable[["_Ticket", list[int]], tuple[list[int], int]]
+"""(ticket, its candidates) -> how many tasks each can take, and how many of these may be taken together."""
 
 
 class _Ticket:
@@ -76,7 +86,7 @@ class _Ticket:
         self.room_left = min(want.count, MAX_GRANT)
         self.granted: dict[str, tuple[ClusterFacts, int]] = {}
 
-    def order(self) -> tuple[float, float, str, str]:
+    def order(self) -> _Order:
         """Least slack, then first in first out."""
         return (self.want.start_by, self.want.since, self.want.key, self.want.shard)
 
@@ -128,20 +138,23 @@ class _Board:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.offers = snapshot.offers
-        self.rooms = [Room(offer.shapes or ()) for offer in self.offers]
+        self._weights = snapshot.weights
         self._sizes = [size_of(offer.shapes or ()) for offer in self.offers]
         self._candidates: dict[str, list[int]] = {}
         self._total: dict[str, int] = defaultdict(int)
         self._kept: dict[str, int] = {}
-        for offer, room, size in zip(self.offers, self.rooms, self._sizes, strict=True):
+        for size in self._sizes:
             for name, amount in size.items():
                 self._total[name] += amount
-            for resources, count in offer.changes:
-                if count > 0:
-                    room.take(need_of(resources), count)  # what finds no node is an over-estimate: the agent knows (C3)
-                else:
-                    room.give(need_of(resources), -count)
+        held: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        for holding in snapshot.holdings:
+            for name, amount in need_of(holding.group.resources):
+                held[holding.cluster][name] += amount * holding.count
+        self.rooms = [room_of(offer, held[offer.facts.uid]) for offer in self.offers]
         self._shares = self._held(snapshot.holdings, snapshot.weights)
+        self._queues = Queues(self.offers, self._sizes, snapshot.holdings, snapshot.runs)
+        self._shut: set[int] = set()
+        """Clusters where somebody waits for a slot who may not be queued: nobody else may be, then."""
         self.quotas = _Quotas(snapshot)
 
     def _held(self, holdings: Iterable[Holding], weights: Mapping[str, float]) -> dict[str, float]:
@@ -159,7 +172,7 @@ class _Board:
         """The largest share of any resource of the federation."""
         return max((amount / self._total[name] for name, amount in amounts if self._total.get(name)), default=0.0)
 
-    def serve(self, tickets: list[_Ticket], weights: Mapping[str, float]) -> None:
+    def serve(self, tickets: list[_Ticket], room_for: _RoomFor) -> None:
         """One priority class: the poorest namespace takes a step, until nobody can."""
         queues: dict[str, list[_Ticket]] = defaultdict(list)
         for ticket in sorted(tickets, key=_Ticket.order, reverse=True):
@@ -170,12 +183,12 @@ class _Board:
             share, _, ns = heapq.heappop(heap)
             queue = queues[ns]
             ticket = queue[-1]
-            unit = self._dominant(ticket.need) / _weight(weights, ns)
+            unit = self._dominant(ticket.need) / _weight(self._weights, ns)
             step = ticket.room_left
             if heap and unit > 0:
                 step = min(step, max(1, int((heap[0][0] - share + SHARE_STEP) / unit)))
             step = self.quotas.bound(ns, step)
-            taken = self._take(ticket, step)
+            taken = self._take(ticket, step, room_for)
             self.quotas.take(ns, taken)
             self._shares[ns] = share + taken * unit
             if self.quotas.reason(ns):
@@ -185,18 +198,40 @@ class _Board:
             if queue:
                 heapq.heappush(heap, (self._shares[ns], queue[-1].order(), ns))
 
-    def _take(self, ticket: _Ticket, wanted: int) -> int:
+    def _take(self, ticket: _Ticket, wanted: int, room_for: _RoomFor) -> int:
         """Spread up to `wanted` tasks over the candidates in proportion to how many each can hold; how many found room."""
         chosen = self.candidates(ticket)
-        fits = [self.rooms[i].fit(ticket.need) for i in chosen]
-        wanted = min(wanted, max(sum(fits) - self.kept(ticket), 0))
+        fits, most = room_for(ticket, chosen)
+        wanted = min(wanted, max(most, 0))
         if wanted == 0:
             return 0
         for position, count in _spread(wanted, fits):
             i = chosen[position]
             if count:
-                ticket.got(self.offers[i].facts, self.rooms[i].take(ticket.need, count))
+                self.rooms[i].take(ticket.need, count)
+                self._queues.hold(i, ticket.want.key, ticket.need, count)
+                ticket.got(self.offers[i].facts, count)
         return wanted
+
+    def slots_for(self, ticket: _Ticket, chosen: list[int]) -> tuple[list[int], int]:
+        """Free slots by candidate, and how many of them the ticket may use."""
+        fits = [self.rooms[i].fit(ticket.need) for i in chosen]
+        return fits, sum(fits) - self.kept(ticket)
+
+    def queues_for(self, ticket: _Ticket, chosen: list[int]) -> tuple[list[int], int]:
+        """Places in queues by candidate."""
+        fits = [0 if i in self._shut else self._queues.fit(i, ticket.want.key, ticket.need) for i in chosen]
+        return fits, sum(fits)
+
+    def queue(self, tickets: list[_Ticket]) -> None:
+        """One priority class: what is short takes places in queues. Who must wait for a slot keeps its class and those below out
+        of the queues where it waits."""
+        waiting = [t for t in tickets if t.left and not self.quotas.reason(t.want.group.namespace)]
+        short = [t for t in waiting if self._queues.short(t.want.key)]
+        for ticket in waiting:
+            if not self._queues.short(ticket.want.key):
+                self._shut.update(self.candidates(ticket))
+        self.serve([t for t in short if t.room_left], self.queues_for)
 
     def candidates(self, ticket: _Ticket) -> list[int]:
         """Indices of the clusters that may run the ticket's group, in order of name, whatever room they have."""
@@ -216,26 +251,41 @@ class _Board:
             self._kept[ticket.want.key] = known
         return known
 
-    def returning(
-        self, tickets: Iterable[_Ticket], holdings: Iterable[Holding], weights: Mapping[str, float]
-    ) -> frozenset[tuple[str, str]]:
+    def returning(self, tickets: Iterable[_Ticket], holdings: Iterable[Holding]) -> frozenset[tuple[str, str]]:
         """Who must give slots back as they become free (C2): a lower class than one that waits for room on that cluster, or,
-        in the same class, a namespace that would still have the larger share after giving a slot to one that waits."""
+        in the same class, a namespace that would still have the larger share after giving a slot to one that waits. From a
+        cluster where work is queued also who comes later in the order than one of its namespace that got nothing there, and
+        everybody if the queue has become too long."""
         poorest: dict[str, dict[int, float]] = defaultdict(dict)
         """Cluster -> class -> the least share that a namespace which waits there would have with one task more."""
+        first: dict[tuple[str, int, str], _Order] = {}
+        """(cluster, class, namespace) -> the first in the order that waits there and got nothing."""
         for ticket in tickets:
             group = ticket.want.group
             if ticket.left == 0 or ticket.room_left == 0 or self.quotas.reason(group.namespace):
                 continue
-            after = self._shares[group.namespace] + self._dominant(ticket.need) / _weight(weights, group.namespace)
+            after = self._shares[group.namespace] + self._dominant(ticket.need) / _weight(
+                self._weights, group.namespace
+            )
             for i in self.candidates(ticket):
-                there = poorest[self.offers[i].facts.uid]
+                uid = self.offers[i].facts.uid
+                there = poorest[uid]
                 there[group.priority] = min(there.get(group.priority, after), after)
+                if not ticket.granted:
+                    where = (uid, group.priority, group.namespace)
+                    first[where] = min(first.get(where, ticket.order()), ticket.order())
+        orders = {(ticket.want.shard, ticket.want.key): ticket.order() for ticket in tickets}
         found: set[tuple[str, str]] = set()
         for holding in holdings:
             group, there = holding.group, poorest.get(holding.cluster, {})
             owed = self._shares[group.namespace] > there.get(group.priority, float("inf"))
-            if holding.count > 0 and (owed or any(priority > group.priority for priority in there)):
+            behind = False
+            if self._queues.waits(holding.cluster):
+                before = first.get((holding.cluster, group.priority, group.namespace))
+                own = orders.get((holding.shard, holding.key))
+                behind = before is not None and own is not None and before < own
+                behind |= self._queues.overdue(holding.cluster)
+            if holding.count > 0 and (owed or behind or any(priority > group.priority for priority in there)):
                 found.add((holding.shard, holding.key))
         return frozenset(found)
 

@@ -15,7 +15,7 @@ the children it made ready.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from control_plane.core import admission, inventory, losses, placing, reading, reports
@@ -26,9 +26,10 @@ from control_plane.core.graph import settle_runs
 from control_plane.core.image import run_image, shard_image
 from control_plane.core.invariants import check
 from control_plane.core.machine import Batch
-from control_plane.core.model import AttemptId, Stamp, TaskState
+from control_plane.core.model import AttemptId, Group, Stamp, TaskState
 from control_plane.core.state import WHOLE_RUN, ShardState
 from control_plane.core.views import (
+    ArtifactView,
     AttemptView,
     DemandLine,
     DispatchView,
@@ -120,6 +121,15 @@ class RunShard:
             times.append(prune)
         return min(times, default=None)
 
+    def levelled(self, table_seq: int) -> bool:
+        """Whether hearing this table of fleet again would change nothing: it is known, and nothing lives anywhere (S5)."""
+        return self._state.table.seq >= table_seq and not any(self._state.live_on.values())
+
+    @property
+    def bare(self) -> bool:
+        """Nothing lives on any cluster, and nothing has to be stopped there."""
+        return not any(self._state.live_on.values()) and not any(self._state.stops_on.values())
+
     def dump(self) -> Iterable[Event]:
         """Events that rebuild this state on an empty machine (J9). Equal states give equal dumps."""
         state = self._state
@@ -156,6 +166,34 @@ class RunShard:
     def demand(self, now: float | None = None) -> list[DemandLine]:
         """Ready tasks by group (C1), slack as of wall time `now` (default: the last batch's). O(groups)."""
         return placing.demand(self._state, self._now if now is None else now)
+
+    def held_on(self, cluster: str) -> Mapping[str, int]:
+        """Attempts whose reservation is on a cluster, by group; those of archived runs are not counted."""
+        return self._state.held.get(cluster, {})
+
+    def group(self, key: str) -> Group | None:
+        """A group of which live runs have tasks."""
+        lane = self._state.lanes.get(key)
+        return lane.group if lane is not None else None
+
+    def group_of(self, id_: AttemptId) -> str | None:
+        """The key of an attempt's group; None if the attempt is not known (any more)."""
+        attempt = self._state.find(id_)
+        return self._state.runs[id_.run].lanes[id_.task].key if attempt is not None else None
+
+    def place_of(self, id_: AttemptId) -> tuple[str, int] | None:
+        """An attempt's cluster and generation; None if it is not known (any more)."""
+        attempt = self._state.find(id_)
+        return (attempt.cluster, attempt.generation) if attempt is not None else None
+
+    def run_seconds(self, group: str) -> float:
+        """Learned run time of a group's tasks, seconds; 0: not known."""
+        return self._state.run_times.of(group)
+
+    @property
+    def wanting(self) -> bool:
+        """Some task waits for a place."""
+        return any(lane.count for lane in self._state.lanes.values())
 
     def live_on(self, cluster: str) -> Iterable[AttemptId]:
         """Live attempts on a cluster, oldest first."""
@@ -202,6 +240,12 @@ class RunShard:
         run = self._state.runs.get(uid)
         index = run.index.get(task_id) if run else None
         return reading.task_view(self._state, run, index) if run and index is not None else None
+
+    def artifacts(self, uid: str, start: int, limit: int) -> list[ArtifactView]:
+        """Published artifacts of tasks from an index on, in order of task. Those of a task come together, so the last task may
+        bring a few more than `limit`."""
+        run = self._state.runs.get(uid)
+        return reading.published(run, start, limit) if run and run.sealed else []
 
     def task_at(self, uid: str, index: int) -> TaskView | None:
         """One task by its index."""

@@ -54,6 +54,10 @@ class AttemptFacts:
     overlap: bool = False
     hedge: bool = False
     refused: int = 0
+    checkpoint: str = ""
+    """Its last committed checkpoint."""
+    resumed: str = ""
+    """The checkpoint it was placed with: `{n}/{name}`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ CLOSING = frozenset({"finished", "lost", "rejected"})
 ENDING = frozenset({"failed", "skipped", "cancelled", "deadline"})
 """Kinds by which a task ends without a success."""
 
-_TOLD = frozenset({"adopted", "stopping", "stopped", "refused", "lost", "rejected"})
+_TOLD = frozenset({"adopted", "checkpoint", "stopping", "stopped", "refused", "lost", "rejected"})
 """Kinds that show as events of the attempt's span."""
 
 

@@ -28,6 +28,7 @@ from control_plane.core.model import (
 )
 from control_plane.core.requests import Requests
 from control_plane.core.run import Attempt, Run
+from control_plane.core.run_times import RunTimes
 
 WHOLE_RUN = -1
 """Task index of a timer that concerns the run: its deadline."""
@@ -57,6 +58,8 @@ class ShardState:
         self.live_on: dict[str, dict[AttemptId, Attempt]] = {}
         self.stops_on: dict[str, dict[AttemptId, Attempt]] = {}
         self.live_in: dict[str, int] = {}
+        self.held: dict[str, dict[str, int]] = {}
+        """Cluster -> lane key -> attempts of live runs that hold room there: live, or with a stop outstanding (F8)."""
         self.lanes: dict[str, Lane] = {}
         self._lane_of: dict[Group, Lane] = {}
         self._serial = 0
@@ -68,6 +71,7 @@ class ShardState:
         self.grants: list[Grant] = []
         self.returning: frozenset[str] = frozenset()
         self.wait_reasons: dict[str, str] = {}
+        self.run_times = RunTimes()
         self.slots: dict[tuple[str, str, int], int] = {}
         """(lane key, cluster, generation) -> slots freed in this batch (C2)."""
         self.timers: list[tuple[float, int, str, int]] = []
@@ -120,6 +124,8 @@ class ShardState:
             return
         for task in list(run.tickets):
             self.unqueue(run, task)
+        for attempt in run.stops.values():
+            self._hold(run, attempt, -1)
         for lane in {id(lane): lane for lane in run.lanes}.values():
             lane.users -= 1
             if not lane.users:
@@ -139,6 +145,8 @@ class ShardState:
         self.live_on.setdefault(attempt.cluster, {})[attempt.id] = attempt
         namespace = run.header.namespace
         self.live_in[namespace] = self.live_in.get(namespace, 0) + 1
+        if attempt.id not in run.stops:
+            self._hold(run, attempt, 1)
 
     def leave(self, run: Run, attempt: Attempt) -> None:
         """An attempt leaves its task's live set (F2)."""
@@ -155,6 +163,16 @@ class ShardState:
         self.live_in[namespace] -= 1
         if not self.live_in[namespace]:
             del self.live_in[namespace]
+        if attempt.id not in run.stops:
+            self._hold(run, attempt, -1)
+
+    def _hold(self, run: Run, attempt: Attempt, change: int) -> None:
+        """An attempt takes or gives back its room."""
+        key = run.lanes[attempt.id.task].key
+        here = self.held.setdefault(attempt.cluster, {})
+        here[key] = here.get(key, 0) + change
+        if not here[key]:
+            del here[key]
 
     def arm(self, run: Run, attempt: Attempt) -> None:
         """An attempt's stop becomes outstanding (F8)."""
@@ -162,6 +180,8 @@ class ShardState:
             run.stops[attempt.id] = attempt
             self.stops_on.setdefault(attempt.cluster, {})[attempt.id] = attempt
             self.outbox.stops.append((attempt.cluster, attempt.id))
+            if not run.is_live(attempt):
+                self._hold(run, attempt, 1)
 
     def disarm(self, stops: dict[AttemptId, Attempt], attempt: Attempt) -> None:
         """An outstanding stop is confirmed (F8)."""
@@ -170,6 +190,9 @@ class ShardState:
             del here[attempt.id]
             if not here:
                 del self.stops_on[attempt.cluster]
+            run = self.runs.get(attempt.id.run)
+            if run is not None and not run.is_live(attempt):
+                self._hold(run, attempt, -1)
 
     def find(self, id_: AttemptId) -> Attempt | None:
         """The attempt of that identity (F1), the nonce included, if its run is live and it is kept."""

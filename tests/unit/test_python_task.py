@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from baton import graphfile, validate
+from baton import graphfile, pythontask, validate
 from baton.graphfile import GraphFileError
 from baton.internal import events_pb2
 from baton.v1 import agent_pb2, graph_pb2
@@ -72,6 +72,9 @@ def test_a_good_call_has_no_faults() -> None:
         ("args_json", json.dumps(["x" * 70_000]), "args_json", "65536"),
         ("args_json", '[{"$baton.result": "b"}]', "args_json", "none of the task's parents"),
         ("args_json", '[{"$baton.result": 7}]', "args_json", "none of the task's parents"),
+        ("args_json", '[{"$baton.results": ["b", 0, 2]}]', "args_json", "none of the task's parents"),
+        ("args_json", '[{"$baton.results": ["a", 2, 1]}]', "args_json", "none of the task's parents"),
+        ("args_json", '[{"$baton.results": "a"}]', "args_json", "none of the task's parents"),
         ("args_json", '{"$baton.args": 1}', "args_json", "no array"),
         ("requirements", ["--index-url=http://evil"], "requirements[0]", "no package"),
         ("requirements", ["ok", "../folder"], "requirements[1]", "no package"),
@@ -201,3 +204,27 @@ def test_code_that_does_not_come_with_its_message_ends_the_stream() -> None:
     message.ClearField("codes")
     with pytest.raises(agent_translate.BadMessage, match="code"):
         agent_translate.owner_event(1, agent_pb2.SessionResponse(dispatches=message))
+
+
+def test_a_range_names_the_results_of_numbered_parents() -> None:
+    parents = [f"part-{n}" for n in range(10_000)]
+    assert pythontask.as_range(parents) == ["part-", 0, 10_000]
+    text = json.dumps([{"$baton.results": ["part-", 0, 10_000]}])
+    assert pythontask.args_problem(text, parents) is None
+    assert list(pythontask.results_in(json.loads(text))) == parents
+    assert "'part-" not in text
+
+
+@pytest.mark.parametrize(
+    "ids", [["a-0", "a-1"], ["a-0", "a-1", "a-3"], ["a-0", "b-1", "a-2"], ["a-08", "a-09", "a-10"], ["x"] * 3]
+)
+def test_what_is_not_numbered_without_gaps_is_no_range(ids: list[str]) -> None:
+    assert pythontask.as_range(ids) is None
+
+
+def test_ranges_may_not_stand_for_more_than_the_parents_can_explain() -> None:
+    parents = [f"p{n}" for n in range(60_000)]
+    text = json.dumps([{"$baton.results": ["p", 0, 60_000]}] * 1000)
+    problem = pythontask.args_problem(text, parents)
+    assert problem is not None
+    assert "at most 4 times" in problem

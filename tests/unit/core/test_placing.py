@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from control_plane.core.commands import DropGrants, Finish, Grant, PutNamespace, TakeGrants, TakeReports
 from control_plane.core.events import AttemptsFinished, AttemptsPlaced
-from control_plane.core.model import Admission, Outcome, Resources, TaskState
+from control_plane.core.model import Admission, OnClusterLost, Outcome, Resources, TaskState
 from control_plane.core.placing import PLACINGS
 from tests.unit.core.shard_kit import START, Shard, facts, request, task
 
@@ -168,3 +170,22 @@ def test_cancelled_tasks_leave_their_lane() -> None:
     assert shard.machine.demand()[0].count == 1
     shard.grant("a", 2)
     assert placed(shard, "r2") == ["x"]
+
+
+def test_demand_says_what_a_task_of_the_group_took() -> None:
+    shard = Shard(facts("a"))
+    shard.create(*(task(f"t{i}") for i in range(4)))
+    assert [line.run_seconds for line in shard.machine.demand(START)] == [0.0]
+    shard.grant("a")
+    done = Finish(shard.only(0), Outcome.SUCCEEDED, 0, b"", "", START, START + 0.04)
+    shard.do(TakeReports("a", 1, finished=(done,)))
+    assert [line.run_seconds for line in shard.machine.demand(START)] == [pytest.approx(0.04)]
+
+
+def test_f7_work_that_is_not_copied_is_never_taken_for_short() -> None:
+    shard = Shard(facts("a"))
+    shard.create(*(task(f"t{i}", on_cluster_lost=OnClusterLost.WAIT) for i in range(4)))
+    shard.grant("a")
+    done = Finish(shard.only(0), Outcome.SUCCEEDED, 0, b"", "", START, START + 0.04)
+    shard.do(TakeReports("a", 1, finished=(done,)))
+    assert [line.run_seconds for line in shard.machine.demand(START)] == [0.0]
