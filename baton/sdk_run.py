@@ -15,11 +15,16 @@ from baton import client_sync, contexts, names, packing, quantity
 from baton.artifact_wire import is_large
 from baton.artifacts import RESULT
 from baton.client import AsyncClient, Tls
+from baton.clock import Entropy, SystemEntropy
 from baton.errors import InvalidField
 from baton.v1 import graph_pb2, run_pb2
 
 if TYPE_CHECKING:
     from baton.sdk import Graph, Handle, Node, Options
+
+SUFFIX_BYTES = 4
+"""Of chance behind a run's name. 4,000 runs of one graph that history still holds meet by chance once in 500 such histories; the
+second is refused, not mixed up."""
 
 SHOWN_FAILURES = 5
 """Failed tasks that a RunFailed tells in words; `failures` has all."""
@@ -181,10 +186,16 @@ async def start(
             spec,
             deadline=client.clock.wall() + seconds,
             namespace=to.namespace,
-            run_id=name or graph.name,
+            run_id=name or run_id_of(graph.name, SystemEntropy()),
             priority=priority,
         )
     return AsyncStartedRun(created, to)
+
+
+def run_id_of(graph: str, entropy: Entropy) -> str:
+    """Id of one more run of a graph: its name and a few letters, so that a script can be run again (a finished run keeps its name).
+    Empty, for the server to choose, if the graph has no name."""
+    return f"{graph[: names.MAX_ID - 1 - 2 * SUFFIX_BYTES]}-{entropy.token(SUFFIX_BYTES)}" if graph else ""
 
 
 def value_of(data: bytes) -> Any:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import baton
-from baton import packing, sdk, validate
+from baton import names, packing, sdk, sdk_run, validate
+from baton.clock import SystemEntropy
 from baton.errors import InvalidField
 from baton.sdk import Graph, task
 from baton.sdk_run import Results
@@ -240,3 +241,12 @@ def test_the_package_names_what_it_has() -> None:
     assert baton.Graph is sdk.Graph
     with pytest.raises(AttributeError, match="nothing"):
         _ = baton.nothing
+
+
+def test_every_run_of_a_named_graph_has_a_name_of_its_own() -> None:
+    """A finished run keeps its name: the second run of a script must not be refused for it."""
+    first, second = (sdk_run.run_id_of("words", SystemEntropy()) for _ in range(2))
+    assert first != second
+    assert first.startswith("words-")
+    assert names.id_problem(sdk_run.run_id_of("w" * 63, SystemEntropy())) is None
+    assert sdk_run.run_id_of("", SystemEntropy()) == ""
