@@ -145,7 +145,8 @@ class Graph:
     """A graph under construction, and the way to run it."""
 
     def __init__(self, name: str = "", *, pack: bool = True, files: Sequence[str] = ()) -> None:
-        """Runs are named `name` and a few letters (`graph.run(name=...)` says all of it). `files` travel beside the script's python files;
+        """Runs are named `name` and a few letters (`graph.run(name=...)` says all of it). `files` travel beside the script's
+        python files;
         `pack=False` sends no code: the functions are installed on the clusters."""
         self.name = name
         self.nodes: list[Node] = []
