@@ -10,6 +10,7 @@ rebuilt from the log.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -66,14 +67,13 @@ class Decider:
         self._clock, self._entropy, self._config, self._side_puts = clock, entropy, config, side_puts
         self.level = 1
 
-    def has_work(self, slot: Slot) -> bool:
-        """Something arrived, or a timer is due."""
-        return bool(slot.inbox) or self.due_in(slot) == 0.0
-
-    def due_in(self, slot: Slot) -> float | None:
-        """Seconds until the shard's next timer; None if it has none."""
-        due = slot.owned.machine.due()
-        return None if due is None else max(0.0, max(due, slot.quiet_until) - self._clock.wall())
+    def due_at(self, slot: Slot) -> float:
+        """Wall time of the shard's next timer; infinity if it has none."""
+        machine = slot.owned.machine
+        if slot.due_of is not machine:
+            due = machine.due()
+            slot.due, slot.due_of = (math.inf if due is None else due), machine
+        return max(slot.due, slot.quiet_until)
 
     def decide(self, slot: Slot) -> tuple[list[Answer], Decision | None]:
         """Handle what arrived. Either a decision to commit (its answers in it), or no events and answers to give now.
@@ -81,8 +81,11 @@ class Decider:
         owned = slot.owned
         nonce = self._entropy.token(NONCE_BYTES)
         stamp = Stamp(self._clock.wall(), nonce, owned.seq + 1, owned.incarnation)
-        work = _Work(slot, Batch(stamp, owned.machine.apply), BatchWriter(stamp, self.level), self._side_puts)
+        work = _Work(
+            slot, Batch(stamp, owned.machine.apply, self.level), BatchWriter(stamp, self.level), self._side_puts
+        )
         ticked = self._tick(slot, work)
+        slot.due_of = None
         self._commands(slot, work)
         work.run(None, lambda: owned.machine.settle(work.batch))
         if not work.batch.events:
@@ -101,7 +104,7 @@ class Decider:
 
     def _tick(self, slot: Slot, work: _Work) -> bool:
         """Tell the machine that its timer is due; whether it was."""
-        if self.due_in(slot) != 0.0 or (slot.inbox and slot.inbox[0].condition is not None):
+        if self.due_at(slot) > self._clock.wall() or (slot.inbox and slot.inbox[0].condition is not None):
             return False
         machine = slot.owned.machine
         tick: Command = FleetTick() if slot.shard == FLEET else Tick()

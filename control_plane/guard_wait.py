@@ -79,15 +79,17 @@ class GuardWait:
                 self._levelled = now
             wait = LEVEL
             for shard in list(self._controller.owned().values()):
-                if shard.id in self._taken:
+                if shard.id in self._taken and not cast(RunShard, shard.machine).levelled(0):
                     wait = min(wait, self._fence(shard))
-                await self._clock.sleep(0)  # scans of 32 shards must not hold up the loop in one piece
+                    await self._clock.sleep(0)  # scans of 32 shards must not hold up the loop in one piece
             await self._bell.wait(wait)
 
     def _tell_tables(self) -> None:
-        if self._view.table.seq:
-            for shard in self._taken:
-                self._controller.post(shard, TakeTable(self._view.table))
+        table, owned = self._view.table, self._controller.owned()
+        for shard in self._taken if table.seq else ():
+            handle = owned.get(shard)
+            if handle is None or not cast(RunShard, handle.machine).levelled(table.seq):
+                self._controller.post(shard, TakeTable(table))
 
     def _see(self) -> None:
         """Note when each ended generation was first seen to have ended; forget those the table has forgotten."""

@@ -1,9 +1,10 @@
 """Which shards this replica owns, and for how long (PROTOCOL O1-O4).
 
 Theory. The owner key decides who owns a shard; everything here is about latency. A replica lives under one lease: its
-registration and all its owner keys vanish with it. Every POLL it reads members and owner keys at one revision and
-moves one step towards what the ring says: gives one shard back that should be elsewhere, takes those that should be
-here and are free.
+registration and all its owner keys vanish with it. When something changed, and now and then anyway, it reads members
+and owner keys at one revision and moves one step towards what the ring says: gives one shard back that should be
+elsewhere, takes those that should be here and are free. That something changed it is told (`nudge`) by whoever watches
+these keys; a nudge that never comes costs a POLL.
 
 The lease is good from the *send* time of the last acknowledged keepalive, less an election time-out and the clocks'
 rate error (O2). Once it was not good, even if nobody looked meanwhile, the replica has *lapsed*: it stops deciding
@@ -15,10 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from baton.clock import Clock, Entropy
+from control_plane.bell import Bell
 from control_plane.claims import give_back
 from control_plane.controller import CLAIM_TIMEOUT, Controller
 from control_plane.core.model import ALL_SHARDS
@@ -29,7 +32,7 @@ from control_plane.store import keys
 from control_plane.store.base import KeyValue, Lease, Store, StoreError
 from control_plane.store.keeper import LeaseKeeper
 from control_plane.store_reads import RETRY_PAUSE, read_incarnation, read_keys
-from control_plane.view import MemberInfo
+from control_plane.view import MemberInfo, OwnerInfo
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +57,12 @@ class OwnershipConfig:
     tick: float = 0.25
     """Between two signs of life to the lease keeper, and two looks at the lease."""
     poll: float = 0.5
-    """Between two surveys. A survey costs one transaction and one range."""
+    """Between two surveys that nobody nudged. A survey costs one transaction and one range."""
     eager_poll: float = 0.1
-    """Between two surveys while a shard is on its way: bounds how long a handed-over shard has no owner (O4)."""
+    """The same while a shard is on its way: without nudges it bounds how long a handed-over shard has no owner (O4)."""
+    gap: float = 0.1
+    """Between two surveys, however often it is nudged, and while the lease is not good or the store does not answer. Less
+    reads the store once for each of 33 takings; more delays each step of a hand-over."""
     minimum_hold: float = 2.0
     """A shard is not handed over sooner after its taking (O4). Less lets a flapping member drag shards to and fro, each
     move costing a recovery; more delays the balance after a start."""
@@ -73,6 +79,8 @@ class Survey:
     heads: dict[str, Head]
     incarnation: int
     level: int
+    lease: int
+    """Of our own registration; 0 if it is not there."""
 
 
 @dataclass(slots=True)
@@ -84,6 +92,8 @@ class Tenure:
     since: float
     """The send time that everything is judged from."""
     lapsed: bool = field(default=False)
+    gone: bool = field(default=False)
+    """The store does not hold our registration under it, whatever keepalives say: after a restore its id may be another's."""
 
     def good(self, now: float) -> bool:
         """Good now, and was never not good since the last resume. Judged at each look from what the keeper knows
@@ -121,6 +131,9 @@ class Ownership:
         self._store, self._make_keeper, self._clock, self._entropy = store, make_keeper, clock, entropy
         self._controller, self._member, self._config = controller, member, config or OwnershipConfig()
         self._tenure: Tenure | None = None
+        self._bell = Bell(clock)
+        self._wanted: tuple[tuple[str, ...], dict[str, str]] = ((), {})
+        """What the ring last said, and of which members."""
         self._leaving = False
         self.federation_uid = ""
         """Known once `joined` is set."""
@@ -137,6 +150,21 @@ class Ownership:
         if tenure is None or not tenure.good(now):
             return 0.0
         return tenure.since + tenure.lease.ttl * (1 - CLOCK_RATE) - ELECTION - now
+
+    def nudge(self) -> None:
+        """Something has changed, as far as somebody has heard: look soon."""
+        self._bell.ring()
+
+    def heard(self, owners: Mapping[str, OwnerInfo]) -> None:
+        """Owner keys have changed, and this is all of them: look soon if one that should be ours is free, or one that we hold is
+        not ours any more. (The first may still be on its way to us, the second on its way to whoever tells us.)"""
+        me, held, wanted = self._member.replica, self._controller.owned(), self._wanted[1]
+        for shard in ALL_SHARDS:
+            owner = owners.get(shard)
+            lost = shard in held and (owner is None or owner.replica != me)
+            if lost or (owner is None and wanted.get(shard) == me):
+                self.nudge()
+                return
 
     async def run(self) -> None:
         """Join, register, and hold what the ring says, until cancelled. Raises IncompatibleFederation, Corrupt."""
@@ -182,8 +210,8 @@ class Ownership:
             self._tenure = tenure
             self._controller.attach(lease.id, self.lease_good)
             self.joined.set()
-            while not (tenure.keeper.lost or self._leaving):
-                await self._clock.sleep(await self._step(tenure))
+            while not (tenure.keeper.lost or tenure.gone or self._leaving):
+                await self._rest(await self._step(tenure))
         finally:
             ticking.cancel()
             if not self._leaving:
@@ -192,22 +220,33 @@ class Ownership:
                     self._controller.drop(shard)
                 await tenure.keeper.stop()
 
+    async def _rest(self, seconds: float) -> None:
+        """Until the next survey: at most `seconds`, less if nudged."""
+        await self._clock.sleep(min(seconds, self._config.gap))
+        await self._bell.wait(seconds - self._config.gap)
+
     async def _tick(self, tenure: Tenure) -> None:
-        """The main loop works (O2)."""
+        """The main loop works (O2). A lease that is not good is not left until the next poll (O3)."""
         while True:
             tenure.keeper.tick()
+            if not tenure.good(self._clock.boot()):
+                self.nudge()
             await self._clock.sleep(self._config.tick)
 
     async def _step(self, tenure: Tenure) -> float:
         """One survey and what follows from it. Seconds until the next."""
         try:
             survey = await self._survey()
+            if survey.lease != tenure.lease.id:
+                log.warning("the registration is gone: registering anew", extra={"replica": self._member.replica})
+                tenure.gone = True
+                return self._config.gap
             if not tenure.good(self._clock.boot()):
                 return await self._resume(tenure, survey)
             return await self._balance(tenure, survey)
         except StoreError as error:
             log.warning("could not survey the store", extra={"error": str(error)})
-            return self._config.eager_poll
+            return self._config.gap
 
     async def _survey(self) -> Survey:
         """Members, then owners and heads. Raises Unavailable, Corrupt."""
@@ -215,13 +254,14 @@ class Ownership:
         wanted = [keys.INCARNATION, keys.FEATURE_LEVEL, *map(keys.owner, ALL_SHARDS), *map(keys.head, ALL_SHARDS)]
         found, _ = await read_keys(self._store, wanted, timeout=READ_TIMEOUT)
         owner_kvs, head_kvs = found[2 : 2 + len(ALL_SHARDS)], found[2 + len(ALL_SHARDS) :]
-        names = (keys.parse_member(kv.key) for kv in members.kvs)
+        leases = {name: kv.lease for kv in members.kvs if (name := keys.parse_member(kv.key)) is not None}
         return Survey(
-            members=tuple(name for name in names if name is not None),
+            members=tuple(leases),
             owners=dict(zip(ALL_SHARDS, owner_kvs, strict=True)),
             heads={shard: Head.parse(kv) for shard, kv in zip(ALL_SHARDS, head_kvs, strict=True)},
             incarnation=read_incarnation(found[0]),
             level=feature_level(found[1]),
+            lease=leases.get(self._member.replica, 0),
         )
 
     async def _resume(self, tenure: Tenure, survey: Survey) -> float:
@@ -229,11 +269,11 @@ class Ownership:
         Unavailable."""
         await self._controller.restore.check_own(self._controller.owned())
         if not tenure.fresh(self._clock.boot()):
-            return self._config.eager_poll
+            return self._config.gap
         self._drop_lost(survey)
         tenure.since, tenure.lapsed = tenure.keeper.last_ack_sent, False
         self._controller.wake()
-        return self._config.eager_poll
+        return self._config.gap
 
     def _drop_lost(self, survey: Survey) -> None:
         """Let go of shards whose owner key, head or incarnation is not what we left. (One with a decision in flight
@@ -253,26 +293,37 @@ class Ownership:
         self._controller.set_feature_level(survey.level)
         self._drop_lost(survey)
         await self._give_back_orphans(tenure, survey)
-        wanted = owners(ALL_SHARDS, dict.fromkeys(survey.members, 1.0))
+        wanted = self._ring(survey.members)
         mine = [shard for shard, owner in wanted.items() if owner == self._member.replica]
-        await self._hand_over_one(wanted)
+        rest = await self._hand_over_one(wanted)
         for shard in mine:
             if survey.owners[shard] is None and tenure.good(self._clock.boot()) and not self._leaving:
                 await self._controller.take(shard)
         settled = all(shard in self._controller.owned() or shard in self._controller.stopped for shard in mine)
-        return self._config.poll if settled else self._config.eager_poll
+        return min(rest, self._config.poll if settled else self._config.eager_poll)
 
-    async def _hand_over_one(self, wanted: dict[str, str]) -> None:
-        """O4: flush and release, one at a time, after a minimum hold; the one we had longest first."""
-        now = self._clock.boot()
+    def _ring(self, members: tuple[str, ...]) -> dict[str, str]:
+        """Who should own what; reckoned once for the same members."""
+        if members != self._wanted[0]:
+            self._wanted = (members, owners(ALL_SHARDS, dict.fromkeys(members, 1.0)))
+        return self._wanted[1]
+
+    async def _hand_over_one(self, wanted: dict[str, str]) -> float:
+        """O4: flush and release, one at a time, after a minimum hold; the one we had longest first. Seconds until the next
+        one may go; infinity if none has to."""
         leaving = [
             owned
             for shard, owned in self._controller.owned().items()
             if wanted.get(shard, self._member.replica) != self._member.replica
-            and now - owned.taken_boot >= self._config.minimum_hold
         ]
-        if leaving:
-            await self._controller.release(min(leaving, key=lambda owned: owned.taken_boot).id)
+        if not leaving:
+            return math.inf
+        first = min(leaving, key=lambda owned: owned.taken_boot)
+        wait = first.taken_boot + self._config.minimum_hold - self._clock.boot()
+        if wait > 0:
+            return wait
+        await self._controller.release(first.id)
+        return self._config.gap
 
     async def _give_back_orphans(self, tenure: Tenure, survey: Survey) -> None:
         """Owner keys under our own lease that we know nothing of: takings or releases whose answer never came. One

@@ -9,6 +9,7 @@ read or timer ever sees, or builds on, what is not durable.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -144,6 +145,9 @@ class Slot:
     releasing: bool = False
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     """No decision is in flight."""
+    due: float = math.inf
+    """The machine's next timer (wall time), as long as `due_of` is the machine: it moves only by deciding."""
+    due_of: Machine | None = None
     quiet_until: float = 0.0
     """Wall time before which a timer that brought nothing is not asked again."""
 

@@ -30,6 +30,10 @@ NOTICE = 1.0
 """Seconds until an end of a cut link notices it, at most: a keepalive's worth, shortened so that a seed sees more."""
 
 
+REPEAT = 6.0
+"""Seconds by which a repeated message may be late: three times what an owner waits before it sends again."""
+
+
 class Links:
     """Which nodes can hear each other, and how slowly. `cut(a, b)` is one-way: messages from a to b are lost."""
 
@@ -37,6 +41,8 @@ class Links:
         self.rng, self.max_delay = rng, max_delay
         self.nodes: dict[str, Node] = {}
         """Who lives where just now."""
+        self.repeats = 0.0
+        """How likely a relayed message arrives a second time, up to REPEAT seconds later and out of order."""
         self._hits = hits
         self._cut: set[tuple[str, str]] = set()
         self._last: dict[tuple[str, str], float] = {}
@@ -77,6 +83,14 @@ class Links:
         self._last[source, target] = at
         # The way itself belongs to nobody: only what happens at its end is the target's, whoever lives there by then.
         loop.call_at(at, partial(self._arrive, source, target, self.nodes.get(target), action), context=NOBODY)
+
+    def relay(self, source: str, target: str, action: Callable[[], None]) -> None:
+        """`deliver` something that may come twice."""
+        self.deliver(source, target, action)
+        if self.repeats and self.rng.random() < self.repeats:
+            self._hits["message repeated late"] += 1
+            again = partial(self._arrive, source, target, self.nodes.get(target), action)
+            asyncio.get_running_loop().call_later(self.rng.uniform(0.0, REPEAT), again, context=NOBODY)
 
     def _arrive(self, source: str, target: str, addressee: Node | None, action: Callable[[], None]) -> None:
         if not self.heard(source, target):
@@ -131,7 +145,9 @@ class MemoryPeers:
         if target is None or not target.alive or not self.alive:
             return False
         payload = message.SerializeToString()
-        self._links.deliver(self._replica, replica, lambda: target.receive(self._replica, payload))
+        idempotent = message.WhichOneof("message") in ("to_cluster", "from_cluster")
+        send = self._links.relay if idempotent else self._links.deliver
+        send(self._replica, replica, lambda: target.receive(self._replica, payload))
         return True
 
     def receive(self, replica: str, payload: bytes) -> None:

@@ -14,8 +14,11 @@ import asyncio
 import random
 import selectors
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context
 from typing import Any, TypeVar
+
+from baton.clock import Alarm
 
 T = TypeVar("T")
 
@@ -80,28 +83,75 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super()._run_once()  # type: ignore[misc]  # as above
 
 
+class Nap:
+    """A sleep that wakes its task with the timer itself; a Future would take another turn of the loop. A future to its task."""
+
+    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_context", "_loop", "_seconds", "_timer", "_wake")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self._loop, self._seconds = loop, seconds
+        self._asyncio_future_blocking = False
+        self._cancelled = False
+
+    def __await__(self) -> Generator[Nap, None, None]:
+        self._asyncio_future_blocking = True
+        yield self
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        """See asyncio.Future."""
+        return self._loop
+
+    def add_done_callback(self, wake: Callable[[Nap], object], *, context: Context) -> None:
+        """See asyncio.Future; called by the task that sleeps, once."""
+        self._wake, self._context = wake, context
+        self._timer = self._loop.call_later(self._seconds, wake, self, context=context)
+
+    def cancel(self, msg: object = None) -> bool:  # noqa: ARG002 - as a task calls it
+        """See asyncio.Future."""
+        self._timer.cancel()
+        if not self._cancelled:
+            self._cancelled = True
+            self._loop.call_soon(self._wake, self, context=self._context)
+        return True
+
+    def result(self) -> None:
+        """See asyncio.Future."""
+        if self._cancelled:
+            raise asyncio.CancelledError
+
+
+async def _nap(loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+    await Nap(loop, seconds)
+
+
 class VirtualClock:
     """A node's `baton.clock.Clock` on the running VirtualLoop. Its clocks start at `boot_offset` and EPOCH +
     `wall_offset` and run `rate` times as fast as true time. The wall clock may be stepped, the rate changed; boot
     never steps back."""
 
     def __init__(self, *, boot_offset: float = 1000.0, wall_offset: float = 0.0, rate: float = 1.0) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._time = self._loop.time
         self._rate = rate
-        self._at = _now()
+        self._at = self._time()
         self._boot = boot_offset
         self._wall_ahead = EPOCH + wall_offset - boot_offset
 
     def boot(self) -> float:
         """See `Clock.boot`."""
-        return self._boot + (_now() - self._at) * self._rate
+        return self._boot + (self._time() - self._at) * self._rate
 
     def wall(self) -> float:
         """See `Clock.wall`."""
-        return self.boot() + self._wall_ahead
+        return self._boot + (self._time() - self._at) * self._rate + self._wall_ahead
 
-    async def sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float) -> Coroutine[Any, Any, None]:
         """See `Clock.sleep`: `seconds` of this clock."""
-        await asyncio.sleep(seconds / self._rate)
+        return _nap(self._loop, seconds / self._rate) if seconds > 0 else asyncio.sleep(0)
+
+    def later(self, seconds: float, action: Callable[[], object]) -> Alarm:
+        """See `Clock.later`: `seconds` of this clock."""
+        return self._loop.call_later(seconds / self._rate, action)
 
     def step_wall(self, seconds: float) -> None:
         """Somebody set the wall clock."""
@@ -115,7 +165,7 @@ class VirtualClock:
 
     def set_rate(self, rate: float) -> None:
         """From now on the clocks run `rate` times as fast as true time. Sleeps under way keep their length."""
-        self._boot, self._at, self._rate = self.boot(), _now(), rate
+        self._boot, self._at, self._rate = self.boot(), self._time(), rate
 
 
 class SeededEntropy:
@@ -155,7 +205,3 @@ def _cancel_leftovers(loop: asyncio.AbstractEventLoop) -> None:
         task.cancel()
     if left:
         loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import TypeVar
 
 from baton.clock import Clock
@@ -66,7 +67,7 @@ class MemoryStore:
         """See `base.Store.txn`."""
         check_txn(txn)
         key = next((op.key for op in (*txn.success, *txn.failure)), "")
-        return await self._call("txn", key, timeout, lambda: self._server.txn(txn), NotApplied, Ambiguous)
+        return await self._call("txn", key, timeout, lambda: self._server.run(txn), NotApplied, Ambiguous)
 
     async def get(self, key: str, *, timeout: float) -> tuple[KeyValue | None, int]:
         """See `base.Store.get`."""
@@ -171,7 +172,8 @@ class MemoryStore:
         if fault.outcome is Outcome.REFUSED:
             await self._clock.sleep(min(fault.latency, timeout))
             raise refused(f"{op}: failed to connect")
-        await self._clock.sleep(0)  # a real store always lets others run
+        if not fault.latency:
+            await self._clock.sleep(0)  # a real store always lets others run
         if fault.outcome is Outcome.OK:
             answering = self._server.deliver(fault.latency, work)
             return await self._answer(op, answering, fault.reply_latency, timeout, unknown)
@@ -184,22 +186,27 @@ class MemoryStore:
     async def _answer(
         self,
         op: str,
-        answering: asyncio.Future[Answer[T]],
+        answering: asyncio.Future[Answer[T] | None],
         reply_latency: float,
         timeout: float,
         unknown: type[StoreError],
     ) -> T:
         sent = self._clock.boot()
-        if not answering.done():
-            timer = asyncio.get_running_loop().create_task(self._clock.sleep(timeout))
-            try:
-                await asyncio.wait((timer, answering), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                timer.cancel()
+        alarm = self._clock.later(timeout, partial(_give_up, answering))
+        try:
+            answer = await answering
+        finally:
+            alarm.cancel()
         left = timeout - (self._clock.boot() - sent)
-        if not answering.done() or reply_latency > left:
-            await self._clock.sleep(max(left, 0.0) if answering.done() else 0)
+        if answer is None or reply_latency > left:
+            await self._clock.sleep(0 if answer is None else max(left, 0.0))
             raise unknown(f"{op}: timed out after {timeout} s")
         if reply_latency:
             await self._clock.sleep(reply_latency)
-        return answering.result().take()
+        return answer.take()
+
+
+def _give_up(answering: asyncio.Future[Answer[T] | None]) -> None:
+    """The client waits no longer. What the server makes of the request is told to nobody."""
+    if not answering.done():
+        answering.set_result(None)

@@ -56,6 +56,7 @@ class Keyspace:
         self._versions: dict[str, list[KeyValue]] = {}
         self._order: list[str] = []
         self._history: list[list[WatchEvent]] = []
+        self._bytes = 0
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -99,7 +100,7 @@ class Keyspace:
 
     def size(self) -> int:
         """Bytes of all kept versions, keys included."""
-        return sum(len(kv.key) + len(kv.value) for versions in self._versions.values() for kv in versions)
+        return self._bytes
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -142,6 +143,7 @@ class Keyspace:
             # A deletion at or before the floor can be forgotten: nobody can read the state before it any more.
             if newest_old >= 0 and kept[0].version == 0:
                 kept = kept[1:]
+            self._bytes -= sum(map(_bytes, versions[: len(versions) - len(kept)]))
             if kept:
                 self._versions[key] = kept
             else:
@@ -161,6 +163,7 @@ class Keyspace:
         """Become `image`. With a bump, revisions jump ahead and everything before counts as compacted."""
         self._versions = {key: list(kept) for key, kept in image.versions.items()}
         self._order = sorted(self._versions)
+        self._bytes = sum(_bytes(kv) for kept in self._versions.values() for kv in kept)
         self.live = {key: kept[-1] for key, kept in self._versions.items() if kept[-1].version}
         self._history = [list(events) for events in image.history]
         self.revision, self.compacted = image.revision, image.compacted
@@ -198,6 +201,7 @@ class Keyspace:
             self._versions[kv.key] = []
             insort(self._order, kv.key)
         self._versions[kv.key].append(kv)
+        self._bytes += _bytes(kv)
 
     def _at(self, key: str, revision: int) -> KeyValue | None:
         versions = self._versions[key]
@@ -212,6 +216,10 @@ class Keyspace:
             if self._order[place] in self.live:
                 found.append(self._order[place])
         return found
+
+
+def _bytes(kv: KeyValue) -> int:
+    return len(kv.key) + len(kv.value)
 
 
 def _mod(kv: KeyValue) -> int:

@@ -84,16 +84,20 @@ class MemoryEtcd:
         self._ended: dict[int, int] = {}
         self._next_lease = 1
         self._parked: list[Callable[[], None]] = []
-        self._waiters: dict[asyncio.Future[int], str] = {}
-        """Watches that wait, in the order of their coming, and the prefix of each."""
+        self._waiters: dict[str, dict[asyncio.Future[int], None]] = {}
+        """Watches that wait, by prefix, in the order of their coming."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- requests (synchronous: the moment of linearization) -----------------------------------------------------------
 
     def txn(self, txn: Txn) -> TxnResult:
         """Run one transaction. Raises NotApplied, NoSpace."""
-        self._expire()
         check_txn(txn)
+        return self.run(txn)
+
+    def run(self, txn: Txn) -> TxnResult:
+        """`txn`, for a client that has checked it."""
+        self._expire()
         if self.nospace and any(isinstance(op, Put) for op in txn.success):
             raise NoSpace("database space exceeded")
         branch = txn.success if self.keyspace.holds(txn.compares) else txn.failure
@@ -160,10 +164,11 @@ class MemoryEtcd:
 
     # -- transport -----------------------------------------------------------------------------------------------------
 
-    def deliver(self, delay: float, work: Callable[[], T]) -> asyncio.Future[Answer[T]]:
+    def deliver(self, delay: float, work: Callable[[], T]) -> asyncio.Future[Answer[T] | None]:
         """Carry a request to the server: `work` runs after `delay` seconds, later if there is no quorum then, and never
-        if the store is restored in between. Goes on when the client dies: the request has left it."""
-        future: asyncio.Future[Answer[T]] = asyncio.get_running_loop().create_future()
+        if the store is restored in between. Goes on when the client dies: the request has left it. A client that gives
+        up settles the future itself, with None."""
+        future: asyncio.Future[Answer[T] | None] = asyncio.get_running_loop().create_future()
         life = self.life
 
         def land() -> None:
@@ -185,7 +190,7 @@ class MemoryEtcd:
         if delay <= 0:
             arrive()
         else:
-            self._start(self._later(delay, arrive))
+            self._after(delay, arrive)
         return future
 
     async def changed(self, prefix: str, cursor: int) -> int:
@@ -195,11 +200,11 @@ class MemoryEtcd:
         if self.keyspace.revision >= cursor:
             return cursor
         waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiters[waiter] = prefix
+        self._waiters.setdefault(prefix, {})[waiter] = None
         try:
             return max(cursor, await waiter)
         finally:
-            self._waiters.pop(waiter, None)
+            self._waiters[prefix].pop(waiter, None)
 
     # -- faults of the server ------------------------------------------------------------------------------------------
 
@@ -269,9 +274,9 @@ class MemoryEtcd:
                 # Late without a quorum: look again at the next sweep. Never a sleep that rounds to nothing.
                 await self.clock.sleep(max(left, SWEEP / 500) if left > 0 else SWEEP)
 
-    async def _later(self, delay: float, act: Callable[[], None]) -> None:
-        await self.clock.sleep(delay)
-        act()
+    def _after(self, delay: float, act: Callable[[], None]) -> None:
+        """Something on its way: a timer of the server's."""
+        self.clock.later(delay, act)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -280,13 +285,18 @@ class MemoryEtcd:
 
     def wake(self) -> None:
         """Everybody looks again: the store was compacted, restored or closed."""
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(self.keyspace.revision + 1)
+        for prefix in self._waiters:
+            self._wake(prefix, self.keyspace.revision + 1)
 
     def _told(self) -> None:
         """A revision was written: tell those who wait for one of its keys."""
-        written = self.keyspace.last_keys()
-        for waiter, prefix in self._waiters.items():
-            if not waiter.done() and any(key.startswith(prefix) for key in written):
-                waiter.set_result(self.keyspace.revision)
+        watched = tuple(self._waiters)
+        written = [key for key in self.keyspace.last_keys() if key.startswith(watched)]
+        for prefix in watched if written else ():
+            if any(key.startswith(prefix) for key in written):
+                self._wake(prefix, self.keyspace.revision)
+
+    def _wake(self, prefix: str, revision: int) -> None:
+        for waiter in self._waiters[prefix]:
+            if not waiter.done():
+                waiter.set_result(revision)

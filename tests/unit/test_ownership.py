@@ -17,6 +17,7 @@ from control_plane.registration import join_federation, raise_feature_level
 from control_plane.store import keys
 from control_plane.store.base import Lease, Put, Txn
 from control_plane.store.memory import CallFault, KeepaliveFault, MemoryEtcd, Outcome
+from control_plane.view import OwnerInfo
 from tests.unit.journal_world import LOST_REPLY, LOST_REQUEST, Member, Replica, add, names, story, until
 
 EVERYTHING = set(ALL_SHARDS)
@@ -326,3 +327,74 @@ async def test_drifting_clocks_and_a_busy_ring_lose_nothing(server: MemoryEtcd) 
     await until(lambda: members[0].mine() == EVERYTHING)
     assert await members[0].controller.read("05", names, timeout=5.0) == acked
     assert len(acked) == 60
+
+
+# -- nudges: what is heard of the small keys makes the next survey come soon --------------------------------------------------
+
+DROWSY = OwnershipConfig(poll=60.0, eager_poll=60.0)
+
+
+def told(server: MemoryEtcd) -> dict[str, OwnerInfo]:
+    """Owner keys as a view hears of them."""
+    found = {shard: server.keyspace.live.get(keys.owner(shard)) for shard in ALL_SHARDS}
+    values = {shard: json.loads(kv.value) for shard, kv in found.items() if kv is not None}
+    return {shard: OwnerInfo(value["replica"], value["nonce"], 1) for shard, value in values.items()}
+
+
+@story
+async def test_o1_a_nudge_is_enough_and_nothing_else_surveys_the_store(server: MemoryEtcd) -> None:
+    a = await Member(server, "a", DROWSY).join()
+    await until(lambda: a.mine() == EVERYTHING)
+    b = await Member(server, "b", DROWSY).join()
+    await until(lambda: keys.member("b") in server.keyspace.live)
+    await asyncio.sleep(10)
+    assert a.mine() == EVERYTHING, "nobody told it"
+    a.ownership.nudge()
+    await until(lambda: a.mine() == share("a", "a", "b"), 10)
+    assert b.mine() == set()
+    b.ownership.heard(told(server))
+    await until(lambda: b.mine() == share("b", "a", "b"), 3)
+
+
+@story
+async def test_o3_a_lapse_is_not_left_until_the_next_poll(server: MemoryEtcd) -> None:
+    a = await Member(server, "a", DROWSY).join()
+    await until(lambda: a.mine() == EVERYTHING)
+    a.faults.plan("keepalive", "", *[CallFault(Outcome.LOST_REQUEST)] * 6)
+    await until(lambda: not a.ownership.lease_good(), 10)
+    await until(a.ownership.lease_good, 5)
+    assert a.mine() == EVERYTHING
+
+
+@story
+async def test_o1_only_what_concerns_us_is_a_nudge(server: MemoryEtcd) -> None:
+    a, b = await Member(server, "a", DROWSY).join(), await Member(server, "b", DROWSY).join()
+    for _ in range(60):
+        await asyncio.sleep(0.5)
+        a.ownership.nudge()
+        b.ownership.nudge()
+    assert a.mine() == share("a", "a", "b")
+    await asyncio.sleep(2)
+    reads = a.faults.calls.count(("range", keys.MEMBERS_PREFIX))
+    theirs = min(b.mine())
+    a.ownership.heard({shard: info for shard, info in told(server).items() if shard != theirs})
+    await asyncio.sleep(5)
+    assert a.faults.calls.count(("range", keys.MEMBERS_PREFIX)) == reads, "b's shard is free: that is b's business"
+    mine = min(a.mine())
+    a.ownership.heard({shard: info for shard, info in told(server).items() if shard != mine})
+    await asyncio.sleep(5)
+    assert a.faults.calls.count(("range", keys.MEMBERS_PREFIX)) > reads
+
+
+@story
+async def test_j12_a_registration_that_a_restore_took_away_is_made_anew_though_its_lease_id_lives(
+    server: MemoryEtcd,
+) -> None:
+    b = await Member(server, "b").join()
+    await until(lambda: b.mine() == EVERYTHING)
+    backup = server.snapshot()
+    a = await Member(server, "a").join()
+    await until(lambda: a.mine() == share("a", "a", "b"))
+    server.restore(backup)
+    server.grant(5.0)  # somebody else's, with the id that was a's
+    await until(lambda: keys.member("a") in server.keyspace.live, 10)

@@ -41,7 +41,7 @@ from control_plane.demand_wire import decode_group, encode_group
 from control_plane.fleet_keys import encode_table
 from control_plane.placement import Placement
 from control_plane.placement_leader import DEMAND_TTL, GRANT_TTL, HEARING
-from control_plane.placement_owner import LEVEL, QUIET_LEVEL
+from control_plane.placement_owner import LEVEL, QUIET_LEVEL, QUIET_MOST
 from control_plane.store import keys
 from control_plane.store.base import Put, Txn
 from control_plane.store.memory import MemoryEtcd, MemoryStore
@@ -131,11 +131,11 @@ class World:
         for shard in self.shards:
             await self.controller.submit(shard, TakeTable(table), timeout=1.0)
 
-    async def report(self, name: str, cpus: int, generation: int = 1) -> None:
-        """A committed heartbeat says that so many CPUs are free."""
+    async def report(self, name: str, cpus: int, generation: int = 1, queue: int = 0) -> None:
+        """A committed heartbeat says that so many CPUs are free, and how much may wait."""
         self.beat_seq += 1
         shape = cluster_pb2.NodeShape(count=1, cpu_millis=cpus * 1000, memory_bytes=1 << 40, total_cpu_millis=16_000)
-        beat = agent_pb2.Heartbeat(seq=self.beat_seq, generation=generation, shapes=[shape])
+        beat = agent_pb2.Heartbeat(seq=self.beat_seq, generation=generation, shapes=[shape], queue_limit=queue)
         put = Put(keys.session_beat(name), beat.SerializeToString())
         await self.store.txn(Txn([], [put]), timeout=1.0)
 
@@ -454,6 +454,20 @@ def test_o7_an_idle_shard_says_so_but_slowly() -> None:
     story(play)
 
 
+def test_o7_a_new_leader_hears_an_idle_shard_at_once() -> None:
+    async def play(world: World) -> None:
+        await world.take("00")
+        await world.clock.sleep(30.0)
+        said = len(world.wire.demands)
+        assert said <= 4 + 30 / QUIET_MOST
+        owner = Put(keys.owner(FLEET), b'{"replica": "b", "nonce": "n"}')
+        await world.store.txn(Txn([], [owner]), timeout=1.0)
+        await world.clock.sleep(0.2)
+        assert len(world.wire.demands) == said + 1
+
+    story(play)
+
+
 def test_waiting_work_is_not_chatty() -> None:
     async def play(world: World) -> None:
         await world.take("00")
@@ -550,7 +564,7 @@ def test_o7_a_new_leader_gives_nothing_of_a_quota_before_it_has_heard_every_shar
         assert world.live(SECOND) == {}
         assert reason(world, SECOND) == "waits until 1 more shards have said what they hold of its quota"
         world.wire.lose = lambda message: False
-        await world.clock.sleep(QUIET_LEVEL + 0.2)
+        await world.clock.sleep(QUIET_MOST + 0.2)
         assert world.live(SECOND) == {"eu": 6}
 
     story(play, lead=False)
@@ -588,5 +602,30 @@ def test_c1_weights_come_with_the_demand_of_the_shard_that_keeps_the_namespace()
         machine = world.shards["00"]
         owners = Counter(attempt.run for attempt in machine.live_on("eu"))
         assert owners == {"run-a": 6, "run-b": 2}
+
+    story(play)
+
+
+def test_c2_short_work_is_queued_once_its_run_time_is_known_and_stays_queued_without_the_leader() -> None:
+    async def play(world: World) -> None:
+        await world.cluster("eu", 4)
+        await world.take("00", "01")
+        await world.report("eu", 4, queue=100)
+        await world.submit_run(300)
+        await world.clock.sleep(0.05)
+        assert world.live() == {"eu": 4}, "nobody knows how long they take"
+        await world.finish("eu", 2)
+        await world.clock.sleep(0.2)
+        assert world.live() == {"eu": 100}
+        said = world.granted()
+        await world.finish("eu", 60)
+        assert world.live() == {"eu": 100}
+        assert world.granted() == said
+        spec = TaskSpec(("true",), resources=Resources(2000))
+        await world.submit_run(1, shard="01", name="other", namespace="other", spec=spec)
+        for _ in range(7):
+            await world.finish("eu", 20)
+            await world.clock.sleep(0.05)
+        assert world.live("01") == {"eu": 1}, "who waits with nothing is served as the queue drains"
 
     story(play)

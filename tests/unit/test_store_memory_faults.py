@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 import pytest
 
+from baton.clock import Alarm
 from control_plane.store.base import (
     Ambiguous,
     Compacted,
@@ -38,6 +39,16 @@ from control_plane.store.memory import (
 R = TypeVar("R")
 
 
+class Called:
+    """A call that comes unless it is cancelled."""
+
+    def __init__(self, future: asyncio.Future[None]) -> None:
+        self._future = future
+
+    def cancel(self) -> None:
+        self._future.cancel()
+
+
 class HandClock:
     """Time that moves by hand."""
 
@@ -59,6 +70,12 @@ class HandClock:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._sleepers, (self.now + seconds, next(self._order), future))
         await future
+
+    def later(self, seconds: float, action: Callable[[], object]) -> Alarm:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda done: None if done.cancelled() else action())
+        heapq.heappush(self._sleepers, (self.now + seconds, next(self._order), future))
+        return Called(future)
 
     async def advance(self, seconds: float) -> None:
         """Move on, waking every sleeper at its own time."""
