@@ -1,50 +1,32 @@
-"""The agent's process: flags in, JSON lines on stderr, an exit code out (`--help` lists them)."""
+"""The agent's process: flags in, log lines on stderr, an exit code out (`--help` lists them)."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 
+from baton import collector
 from baton.clock import SystemClock, SystemEntropy
+from baton.telemetry import logs
 from cluster_agent.agent import Agent
+from cluster_agent.carrier_grpc import GrpcCarrier
+from cluster_agent.carrying.cache import Cache
+from cluster_agent.carrying.courier import Courier
+from cluster_agent.carrying.fetching import Fetcher
+from cluster_agent.carrying.shelf import Shelf
+from cluster_agent.carrying.tally import Tally
 from cluster_agent.config import AgentConfig, BadConfig, from_arguments
 from cluster_agent.disk import DiskFailure, RealDisk
+from cluster_agent.executors.carrying import Carrying
 from cluster_agent.executors.process import ProcessExecutor
 from cluster_agent.journal import JournalCorrupt
 from cluster_agent.metrics import AgentPage
 from cluster_agent.transport_grpc import BadEndpoint, GrpcTransport, TlsFiles
 
 FAILED, BAD_CONFIG, BAD_JOURNAL, BAD_DISK = 1, 2, 3, 4
-
-_PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName"}
-
-
-class JsonLines(logging.Formatter):
-    """One object a line: a fixed sentence and its fields."""
-
-    def __init__(self, cluster: str) -> None:
-        super().__init__()
-        self._cluster = cluster
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        extra = {key: value for key, value in vars(record).items() if key not in _PLAIN}
-        line = {
-            "time": round(record.created, 3),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            "cluster": self._cluster,
-            **extra,
-        }
-        if record.exc_info:
-            line["exception"] = "".join(traceback.format_exception(*record.exc_info))
-        return json.dumps(line, default=str)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,10 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         sys.stderr.write(f"cluster_agent: the boot id cannot be read: {error}\n")
         return BAD_CONFIG
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines(config.cluster))
-    logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
+    logs.set_up(config.log_format, config.log_level, {"cluster": config.cluster})
     log = logging.getLogger("baton.agent")
+    collector.tune()
     try:
         asyncio.run(_serve(config, transport, boot_id))
     except JournalCorrupt as error:
@@ -85,9 +66,14 @@ def _tls(config: AgentConfig) -> TlsFiles | None:
 async def _serve(config: AgentConfig, transport: GrpcTransport, boot_id: str) -> None:
     clock = SystemClock()
     disk = RealDisk(config.directory)
-    executor = ProcessExecutor(config.directory / "guard", clock)
+    tally, carrier, guard = Tally(), GrpcCarrier(transport), config.directory / "guard"
+    shelf = Shelf(guard, config.directory / "carried")
+    courier = Courier(carrier, clock, tally)
+    fetcher = Fetcher(shelf, Cache(shelf.cache, courier, tally, config.cache_bytes), courier)
+    inner = ProcessExecutor(guard, clock)
+    executor = Carrying(inner, shelf, fetcher, courier, clock, tally, cluster_uid=lambda: agent.cluster_uid)
     agent = Agent(config, clock, SystemEntropy(), transport, executor, disk, boot_id=boot_id)
-    page = AgentPage(config, agent, executor, clock)
+    page = AgentPage(config, agent, executor, clock, tally)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, lambda: agent.stop(drain=config.drain_on_term))
     loop.add_signal_handler(signal.SIGINT, agent.stop)
@@ -96,6 +82,7 @@ async def _serve(config: AgentConfig, transport: GrpcTransport, boot_id: str) ->
         await agent.run()
     finally:
         await page.close()
+        await carrier.close()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from cluster_agent.transport import Transport
 log = logging.getLogger("baton.agent")
 
 VERSION = "0.1.0"
-FEATURE_LEVEL = 1
+FEATURE_LEVEL = 2
 """Highest event and message level this agent knows (J11)."""
 
 GOODBYE_SECONDS = 5.0
@@ -62,6 +62,11 @@ class Agent:
         self._drain = False
         self.reconciler: Reconciler | None = None
         """Set while it runs; the simulator's checkers read the machine's state."""
+
+    @property
+    def cluster_uid(self) -> str:
+        """The cluster's, as the last session's Welcome said it; empty before the first."""
+        return self.reconciler.machine.state.cluster_uid if self.reconciler is not None else ""
 
     def stop(self, *, drain: bool = False) -> None:
         """End `run`. With `drain` all work is killed and reported first, and a goodbye is said (S5)."""

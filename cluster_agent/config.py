@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.leases import DEFAULT_PROFILE, PROFILES, LeaseValues, UnsafeLease, check
+from baton.telemetry import logs
 from baton.webport import NotLoopback, check_address
 from cluster_agent.core.capacity import NodeSpec
 
@@ -73,12 +74,17 @@ class AgentConfig:
     """None: plain text, to loopback only."""
     boot_id_file: Path = Path("/proc/sys/kernel/random/boot_id")
     """Where the host's boot id is read; a lab gives its own file to play a power cut."""
+    cache_bytes: int = 5 << 30
+    """Of artifacts kept for the next attempt that reads them: a few large parents of a wide map. Smaller fetches them again and
+    again; larger takes disk that nobody reserved. 0 keeps none."""
     drain_on_term: bool = False
     """SIGTERM kills all work, waits for its reports and says goodbye (S5); otherwise work goes on for the next
     agent."""
     drain_seconds: float = 60.0
     """Longest drain; after it the agent leaves without a goodbye, and the session ends by time."""
     log_level: str = "info"
+    log_format: str = "json"
+    """json or text: how log lines look on stderr."""
     metrics_listen: str = ""
     """host:port of /metrics and /healthz; empty: none."""
     metrics_anywhere: bool = False
@@ -141,9 +147,11 @@ FILE_KEYS = {
     "namespaces",
     "tls",
     "boot_id_file",
+    "cache",
     "drain",
     "drain_seconds",
     "log_level",
+    "log_format",
     "metrics_listen",
     "metrics_anywhere",
     "metrics_port_file",
@@ -184,9 +192,11 @@ def build(values: Mapping[str, Any]) -> AgentConfig:
         fixed_endpoints=bool(values.get("fixed_endpoints", False)),
         tls=_tls(values.get("tls")),
         boot_id_file=Path(values.get("boot_id_file", AgentConfig.__dataclass_fields__["boot_id_file"].default)),
+        cache_bytes=parse_size(values.get("cache", "5Gi")),
         drain_on_term=bool(values.get("drain", False)),
         drain_seconds=drain_seconds,
         log_level=_level(str(values.get("log_level", "info"))),
+        log_format=_log_format(str(values.get("log_format", "json"))),
         metrics_listen=_metrics_listen(values),
         metrics_anywhere=bool(values.get("metrics_anywhere", False)),
         metrics_port_file=Path(values["metrics_port_file"]) if values.get("metrics_port_file") else None,
@@ -247,6 +257,12 @@ def _level(level: str) -> str:
     return level
 
 
+def _log_format(form: str) -> str:
+    if form not in logs.FORMATS:
+        raise BadConfig(f"log_format {form!r} is none of {', '.join(logs.FORMATS)}")
+    return form
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command line. Flags win over the file."""
     parser = argparse.ArgumentParser(
@@ -273,9 +289,11 @@ def arguments() -> argparse.ArgumentParser:
     add("--tls-key", metavar="PEM", help="its key")
     add("--tls-server-name", metavar="NAME", help="name the replicas' certificates must carry, if not the endpoint's")
     add("--boot-id-file", metavar="FILE", help="where the host's boot id is read")
+    add("--cache", metavar="SIZE", help="disk for artifacts that may be read again (default 5Gi; 0 for none)")
     add("--drain", action="store_true", default=None, help="on SIGTERM kill all work, report it, say goodbye")
     add("--drain-seconds", type=float, help="longest drain (default 60)")
     add("--log-level", help="debug, info (default), warning or error")
+    add("--log-format", help="json (default) or text")
     add("--metrics-listen", metavar="HOST:PORT", help="serve /metrics and /healthz there (default: nowhere)")
     add("--metrics-anywhere", action="store_true", default=None, help="let --metrics-listen be beyond loopback")
     add("--metrics-port-file", metavar="PATH", help="write the port of --metrics-listen here")

@@ -32,6 +32,14 @@ OUTBOX = 4096
 """Messages that may wait for a slow stream; beyond that the stream is dropped, and what was not acknowledged goes
 again."""
 
+SENT_AT_ONCE = 32
+"""Messages that leave together, as one where the replica reads bundles: one for each shard. More would keep a heartbeat behind them
+on a slow stream (F5)."""
+
+RECEIPT_SECONDS = 0.1
+"""How long a receipt waits for something else to travel with. Smaller: a message of its own for each dispatch; larger comes near
+the two seconds after which an owner sends again."""
+
 GUARD_PATIENCE_SECONDS = 1.0
 """How long a heartbeat waits for a tick of the guard, which ticks several times a second, before it says that it is
 silent."""
@@ -111,6 +119,8 @@ class Conversation:
         """None: there is nothing here but a heartbeat to send."""
         self._pulse: agent_pb2.SessionRequest | None = None
         """The heartbeat to be sent next; it overtakes what waits, or a backlog of reports would end the lease (F5)."""
+        self._receipts: dict[str, agent_pb2.SessionRequest] = {}
+        """The newest of each shard, which says all that the earlier ones said."""
         self._dropped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._welcome = asyncio.Event()
         self.ended = asyncio.Event()
@@ -136,6 +146,12 @@ class Conversation:
         except asyncio.QueueFull:
             self.drop(StreamDropped("the stream is too slow for what has to be said"))
 
+    def put_receipt(self, shard: str, message: agent_pb2.SessionRequest) -> None:
+        """It goes with what is said next, or by itself after a moment."""
+        if not self._receipts:
+            self._parts.clock.later(RECEIPT_SECONDS, lambda: self.put(None))
+        self._receipts[shard] = message
+
     def drop(self, why: StreamDropped) -> None:
         if not self._dropped.done():
             self._dropped.set_exception(why)
@@ -154,10 +170,15 @@ class Conversation:
         while True:
             message = await self._out.get()
             pulse, self._pulse = self._pulse, None
-            batch = [each for each in (pulse, message) if each is not None]
+            taken = [message]
+            while not self._out.empty() and len(taken) < SENT_AT_ONCE:
+                taken.append(self._out.get_nowait())
+            receipts, self._receipts = self._receipts, {}
+            batch = [each for each in (pulse, *receipts.values(), *taken) if each is not None]
             if batch:
                 await self._stream.send(batch)
-            self._out.task_done()
+            for _ in taken:
+                self._out.task_done()
 
     async def _read(self, tasks: asyncio.TaskGroup) -> None:
         while True:

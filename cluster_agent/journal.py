@@ -84,8 +84,12 @@ def _header(uid: str) -> dict[str, Any]:
     return {"journal": uid, "version": VERSION}
 
 
+_encode_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True).encode
+"""Made once: `json.dumps` with separators makes an encoder a call."""
+
+
 def _line(value: dict[str, Any]) -> bytes:
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode()
+    text = _encode_json(value).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 

@@ -7,7 +7,7 @@ import base64
 from collections.abc import Callable
 from typing import Any
 
-from cluster_agent.core.model import AttemptKey, Demand, Ended, Epoch, Mark, Outcome
+from cluster_agent.core.model import ArtifactRef, AttemptKey, Demand, Ended, Epoch, Mark, Outcome
 from cluster_agent.core.records import (
     Booted,
     EpochRaised,
@@ -84,6 +84,8 @@ def _ended(ended: Ended) -> Value:
         value["why"] = ended.message
     if ended.late:
         value["late"] = True
+    if ended.artifacts:
+        value["made"] = [[ref.name, ref.size, ref.digest.hex()] for ref in ended.artifacts]
     return value
 
 
@@ -96,6 +98,7 @@ def _read_ended(value: Value) -> Ended:
         value["from"],
         value["to"],
         value.get("late", False),
+        tuple(ArtifactRef(name, size, bytes.fromhex(digest)) for name, size, digest in value.get("made", ())),
     )
 
 

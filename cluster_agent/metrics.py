@@ -15,6 +15,7 @@ from baton.clock import Clock
 from baton.telemetry import COUNTER, GAUGE, Family, exposition
 from baton.webport import Answer, WebPort, check_address
 from cluster_agent.agent import Agent
+from cluster_agent.carrying.tally import Tally
 from cluster_agent.config import AgentConfig
 from cluster_agent.core.model import Phase
 from cluster_agent.executors.base import Executor
@@ -55,11 +56,34 @@ def families(cluster: str, reconciler: Reconciler, executor: Executor, now: floa
     return found
 
 
+def carried(cluster: str, tally: Tally) -> list[Family]:
+    """What files cost: content that went to the artifact store and came from it."""
+
+    def counter(name: str, help_: str, *values: tuple[float, str]) -> Family:
+        family = Family(name, COUNTER, help_, ("cluster", "way"))
+        for value, way in values:
+            family.add(value, cluster, way)
+        return family
+
+    moved = ((tally.bytes_up, "up"), (tally.bytes_down, "down"))
+    failed = ((tally.failures_up, "up"), (tally.failures_down, "down"))
+    return [
+        counter("baton_agent_artifact_bytes_total", "Content of artifacts, checkpoints and code that was moved.", *moved),
+        counter("baton_agent_artifact_failures_total", "Attempts whose files could not be moved.", *failed),
+        Family("baton_agent_artifact_cache_hits_total", COUNTER, "Artifacts that were here already.", ("cluster",)).add(
+            tally.cached, cluster
+        ),
+    ]
+
+
 class AgentPage:
     """The web port of one agent."""
 
-    def __init__(self, config: AgentConfig, agent: Agent, executor: Executor, clock: Clock) -> None:
+    def __init__(
+        self, config: AgentConfig, agent: Agent, executor: Executor, clock: Clock, tally: Tally | None = None
+    ) -> None:
         self._config, self._agent, self._executor, self._clock = config, agent, executor, clock
+        self._tally = tally or Tally()
         self._port: WebPort | None = None
 
     async def start(self) -> None:
@@ -91,4 +115,5 @@ class AgentPage:
         if reconciler is None:
             return Answer(b"the agent starts\n", status=503)
         found = families(self._config.cluster, reconciler, self._executor, self._clock.boot())
+        found += carried(self._config.cluster, self._tally)
         return Answer(*await asyncio.to_thread(exposition, found))

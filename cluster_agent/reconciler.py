@@ -13,6 +13,7 @@ Where reality deviates:
 * **The disk refuses** (full, broken): only actions that take nothing on and forget nothing leave, the rest waits. The
   machine takes no more work, reports go on. Every tick tries to write the whole state anew; when that succeeds, what
   waited leaves.
+* **Nothing is due** at a tick: then there is no turn.
 * **The executor refuses or is silent**: what it did is unknown. It is joined again beside this loop, and its census
   decides.
 """
@@ -24,6 +25,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from baton.clock import Clock
+from cluster_agent import attempt_log
 from cluster_agent.core import events as on
 from cluster_agent.core.commands import (
     Action,
@@ -36,13 +38,14 @@ from cluster_agent.core.commands import (
     SetBounds,
     StartWork,
     StopWork,
+    WidenWork,
 )
 from cluster_agent.core.machine import AgentMachine
 from cluster_agent.disk import DiskFailure
-from cluster_agent.executors.base import Executor
+from cluster_agent.executors.base import AttemptKey, Executor
 from cluster_agent.journal import Journal
 from cluster_agent.waiting import within
-from cluster_agent.workload import census, outer, start_request, work_event
+from cluster_agent.workload import census, inner, outer, start_request, work_event
 
 log = logging.getLogger("baton.agent")
 
@@ -62,7 +65,7 @@ JOIN_SECONDS = 20.0
 REJOIN_PAUSE_SECONDS = 1.0
 
 
-WITHHELD = (StartWork, AdoptWork, ForgetWork)
+WITHHELD = (StartWork, WidenWork, AdoptWork, ForgetWork)
 """What waits for a journal that can be written. Receipts and rejections are dropped: owners and resends repeat them."""
 
 
@@ -90,6 +93,8 @@ class Reconciler:
         """Round trip of the last heartbeat that was answered; the session's to set."""
         self._writable = True
         self._doubted = False
+        self._gathering = False
+        """A wake-up is under way for reports that wait for company."""
         self._withheld: list[Action] = []
         self._kill_seconds = machine.state.kill_seconds
 
@@ -105,9 +110,9 @@ class Reconciler:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._tick())
             tasks.create_task(self._keep_joined())
-            tasks.create_task(self._turns())
+            tasks.create_task(self._turns(tasks))
 
-    async def _turns(self) -> None:
+    async def _turns(self, tasks: asyncio.TaskGroup) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -117,6 +122,16 @@ class Reconciler:
             while not self._inbox.empty():
                 batch.append(self._inbox.get_nowait())
             await self.turn(batch)
+            wait = self.machine.gathering(self._clock.boot())
+            if wait > 0.0 and not self._gathering:
+                self._gathering = True
+                tasks.create_task(self._gathered(wait))
+
+    async def _gathered(self, wait: float) -> None:
+        """Reports have waited for company long enough."""
+        await self._clock.sleep(wait)
+        self._gathering = False
+        self._wake.set()
 
     async def turn(self, batch: list[on.Event]) -> None:
         """One turn of the loop; public for tests and for the simulator's crash points."""
@@ -175,6 +190,8 @@ class Reconciler:
         match action:
             case StartWork(orders):
                 return executor.start([start_request(order, self._cluster) for order in orders])
+            case WidenWork(key, slots):
+                return executor.widen(outer(key), slots)
             case StopWork(keys, grace):
                 return executor.stop([outer(key) for key in keys], grace_seconds=grace)
             case AdoptWork(keys, generation):
@@ -225,10 +242,19 @@ class Reconciler:
 
     async def _listen(self) -> None:
         async for batch in self._executor.events():
+            for each in batch:
+                attempt_log.tell(each, self._incarnation)
             happened = [event for event in map(work_event, batch) if event is not None]
             if happened:
                 await self._tell(happened)
         await self._tell([on.ExecutorLost()])
+
+    def _incarnation(self, key: AttemptKey) -> int:
+        """Under which an attempt's shard is known; 0 if it is not."""
+        state = self.machine.state
+        attempt = state.attempts.get(inner(key))
+        epoch = state.epochs.get(attempt.shard) if attempt is not None else None
+        return epoch.incarnation if epoch is not None else 0
 
     async def _tell(self, happened: list[on.Event]) -> None:
         await self._work.put(happened)
@@ -237,7 +263,8 @@ class Reconciler:
     async def _tick(self) -> None:
         while True:
             await self._clock.sleep(TICK_SECONDS)
-            self._wake.set()
+            if not self._writable or self.machine.due(self._clock.boot()):
+                self._wake.set()
 
 
 def _nobody(_: Action) -> None:

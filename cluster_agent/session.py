@@ -106,7 +106,7 @@ class Session:
                 for message in translate.reports(action):
                     talk.put(message)
             case SendReceipt():
-                talk.put(translate.receipt(action))
+                talk.put_receipt(action.shard, translate.receipt(action))
             case DropStream(_, reason):
                 talk.drop(StreamDropped(reason))
 

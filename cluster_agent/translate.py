@@ -6,15 +6,32 @@ closed, for what else is on it cannot be trusted either.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from baton.artifacts import name_problem
 from baton.leases import LeaseValues, from_millis
+from baton.names import id_problem, task_id_problem
 from baton.v1 import agent_pb2, cluster_pb2, graph_pb2
 from cluster_agent.core import events as on
-from cluster_agent.core.capacity import FreeShape
+from cluster_agent.core.capacity import QUEUE_FLOOR, FreeShape
 from cluster_agent.core.commands import SendHello, SendReceipt, SendReports, Vitals
-from cluster_agent.core.model import AttemptKey, Demand, Ended, Epoch, Mark, Outcome, Phase, PythonCall, WorkSpec
+from cluster_agent.core.model import (
+    ArtifactRef,
+    ArtifactSource,
+    AttemptKey,
+    Demand,
+    Ended,
+    Epoch,
+    Mark,
+    Outcome,
+    Phase,
+    PythonCall,
+    WorkSpec,
+)
+
+ARTIFACT_WEIGHT = 180
+"""Bytes of a ref in a report: a name of full length, a digest, a size."""
 
 REPORT_BYTES = 512 << 10
 """Most payload in one Reports message: well under gRPC's 4 MiB, and small enough that heartbeats get their turn."""
@@ -38,6 +55,10 @@ _OUTCOMES = {
     Outcome.STOPPED: agent_pb2.OUTCOME_STOPPED,
     Outcome.LOST: agent_pb2.OUTCOME_LOST,
 }
+
+
+DIGEST_BYTES = 32
+"""Of a sha-256."""
 
 
 class BadMessage(ValueError):
@@ -116,6 +137,7 @@ def heartbeat(vitals: Vitals, *, seq: int, generation: int, guard_silent: bool) 
             for shard, epoch, number in vitals.included
         ],
         attempts=vitals.attempts,
+        queue_limit=QUEUE_FLOOR,
         guard_silent=guard_silent,
     )
     return agent_pb2.SessionRequest(heartbeat=message)
@@ -140,9 +162,12 @@ def reports(action: SendReports) -> Iterator[agent_pb2.SessionRequest]:
         agent_pb2.RejectedReport(attempt=_ref(key), reason=reason) for key, reason in action.rejected
     )
     message.stopped.extend(_ref(key) for key in action.stopped)
+    message.checkpoints.extend(
+        agent_pb2.CheckpointReport(attempt=_ref(key), artifact=_artifact(ref)) for key, ref in action.checkpoints
+    )
     size = 0
     for key, ended in action.finished:
-        weight = len(ended.result) + len(ended.message) + 128
+        weight = len(ended.result) + len(ended.message) + ARTIFACT_WEIGHT * len(ended.artifacts) + 128
         if size and size + weight > REPORT_BYTES:
             yield agent_pb2.SessionRequest(reports=message)
             message, size = agent_pb2.Reports(shard=action.shard, generation=action.generation), 0
@@ -176,7 +201,7 @@ def _shape(shape: FreeShape) -> cluster_pb2.NodeShape:
 
 
 def _finished(key: AttemptKey, ended: Ended) -> agent_pb2.FinishedReport:
-    return agent_pb2.FinishedReport(
+    report = agent_pb2.FinishedReport(
         attempt=_ref(key),
         outcome=_OUTCOMES[ended.outcome],
         exit_code=ended.exit_code,
@@ -186,6 +211,29 @@ def _finished(key: AttemptKey, ended: Ended) -> agent_pb2.FinishedReport:
         end_wall_ms=ended.end_wall_ms,
         late=ended.late,
     )
+    if ended.artifacts:
+        report.artifacts.extend(map(_artifact, ended.artifacts))
+    return report
+
+
+def _artifact(ref: ArtifactRef) -> agent_pb2.ArtifactRef:
+    return agent_pb2.ArtifactRef(name=ref.name, size=ref.size, digest=ref.digest)
+
+
+def source_message(source: ArtifactSource) -> agent_pb2.ArtifactSource:
+    """A source as it is asked for."""
+    return agent_pb2.ArtifactSource(
+        namespace=source.namespace,
+        attempt=_ref(source.maker),
+        cluster_uid=source.cluster_uid,
+        artifact=_artifact(source.ref),
+        task_id=source.task_id,
+    )
+
+
+def ref_message(key: AttemptKey) -> agent_pb2.AttemptRef:
+    """An attempt as it is named on the wire (F1)."""
+    return _ref(key)
 
 
 def _ref(key: AttemptKey) -> agent_pb2.AttemptRef:
@@ -240,19 +288,24 @@ def owner_event(stream: int, message: agent_pb2.SessionResponse) -> on.Event | N
             return on.Adopted(stream, moved.shard, epoch, _mark(moved), moved.generation, _keys(moved.attempts))
         case "report_acks":
             acks = message.report_acks
-            return on.ReportsSettled(stream, acks.shard, _read_epoch(acks.epoch), _mark(acks), _keys(acks.attempts))
+            saved = tuple((read_key(each.attempt), each.artifact.name) for each in acks.checkpoints)
+            epoch = _read_epoch(acks.epoch)
+            return on.ReportsSettled(stream, acks.shard, epoch, _mark(acks), _keys(acks.attempts), saved)
     return None
 
 
 def read_key(ref: agent_pb2.AttemptRef) -> AttemptKey:
     """The identity of an attempt (F1). Raises BadMessage for one that cannot name a file."""
-    if not ref.run_uid or not ref.nonce or any(mark in ref.run_uid + ref.nonce for mark in "./\0"):
-        raise BadMessage(f"no attempt can be known as {ref.run_uid!r}, {ref.nonce!r}")
-    return AttemptKey(ref.run_uid, ref.task, ref.n, ref.nonce)
+    run_uid, nonce = ref.run_uid, ref.nonce
+    names = run_uid + nonce
+    if not run_uid or not nonce or "." in names or "/" in names or "\0" in names:
+        raise BadMessage(f"no attempt can be known as {run_uid!r}, {nonce!r}")
+    return AttemptKey(run_uid, ref.task, ref.n, nonce)
 
 
 def _dispatched(stream: int, message: agent_pb2.Dispatches) -> on.Dispatched:
-    codes = {code.sha256: code.zip for code in message.codes}
+    codes = {code.sha256: b"" if code.stored else code.zip for code in message.codes}
+    templates = [_template(template, codes) for template in message.templates]
     return on.Dispatched(
         stream,
         message.shard,
@@ -260,31 +313,58 @@ def _dispatched(stream: int, message: agent_pb2.Dispatches) -> on.Dispatched:
         _mark(message),
         message.generation,
         message.dispatch_no,
-        tuple(_assignment(dispatch, message, codes) for dispatch in message.dispatches),
+        tuple(_assignment(dispatch, templates) for dispatch in message.dispatches),
     )
 
 
-def _assignment(
-    dispatch: agent_pb2.Dispatch, message: agent_pb2.Dispatches, codes: Mapping[str, bytes]
-) -> on.Assignment:
-    if not 0 <= dispatch.template < len(message.templates):
-        raise BadMessage(f"template {dispatch.template} of {len(message.templates)}")
-    template = message.templates[dispatch.template]
-    spec = WorkSpec(
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """What attempts of one message share; read once for all of them, and then the same objects in each."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    demand: Demand
+    processes: int
+    timeout_seconds: float | None
+    grace_seconds: float
+    keep_at_fence: bool
+    python: PythonCall | None
+
+
+def _template(template: agent_pb2.DispatchTemplate, codes: Mapping[str, bytes]) -> _Template:
+    return _Template(
         argv=tuple(template.process.argv),
         env=dict(template.process.env),
         demand=_demand(template.resources),
-        task_id=dispatch.task_id,
-        run=dispatch.run,
-        fence=dispatch.fence,
-        deadline_wall_ms=dispatch.deadline_wall_ms,
         processes=template.resources.processes,
         timeout_seconds=template.timeout_ms / 1000 if template.timeout_ms > 0 else None,
         grace_seconds=max(0, template.grace_ms) / 1000,
         keep_at_fence=template.keep_at_fence,
+        python=_python_call(template.python, codes) if template.HasField("python") else None,
+    )
+
+
+def _assignment(dispatch: agent_pb2.Dispatch, templates: Sequence[_Template]) -> on.Assignment:
+    if not 0 <= dispatch.template < len(templates):
+        raise BadMessage(f"template {dispatch.template} of {len(templates)}")
+    template = templates[dispatch.template]
+    spec = WorkSpec(
+        argv=template.argv,
+        env=template.env,
+        demand=template.demand,
+        task_id=dispatch.task_id,
+        run=dispatch.run,
+        fence=dispatch.fence,
+        deadline_wall_ms=dispatch.deadline_wall_ms,
+        processes=template.processes,
+        timeout_seconds=template.timeout_seconds,
+        grace_seconds=template.grace_seconds,
+        keep_at_fence=template.keep_at_fence,
         inputs=dispatch.inputs,
         traceparent=dispatch.traceparent,
-        python=_python_call(template.python, codes) if template.HasField("python") else None,
+        python=template.python,
+        artifacts=tuple(map(_source, dispatch.artifacts)) if dispatch.artifacts else (),
+        checkpoint=_source(dispatch.checkpoint) if dispatch.HasField("checkpoint") else None,
     )
     return on.Assignment(read_key(dispatch.attempt), spec)
 
@@ -294,6 +374,16 @@ def _python_call(task: graph_pb2.PythonTask, codes: Mapping[str, bytes]) -> Pyth
         raise BadMessage(f"code {task.code} does not come with the message that names it")
     code = codes.get(task.code, b"")
     return PythonCall(task.function, task.args_json, tuple(task.requirements), task.code, code)
+
+
+def _source(source: agent_pb2.ArtifactSource) -> ArtifactSource:
+    """Where an artifact lies. Raises BadMessage for names that would lead out of the folder they are put into."""
+    ref, namespace, task = source.artifact, source.namespace, source.task_id
+    problem = name_problem(ref.name) or id_problem(namespace) or task_id_problem(task)
+    if problem or len(ref.digest) != DIGEST_BYTES or ref.size < 0:
+        raise BadMessage(f"artifact {ref.name!r} of task {task!r}: {problem or 'no size, or no digest'}")
+    maker = read_key(source.attempt)
+    return ArtifactSource(namespace, maker, source.cluster_uid, ArtifactRef(ref.name, ref.size, ref.digest), task)
 
 
 def _demand(resources: graph_pb2.Resources) -> Demand:

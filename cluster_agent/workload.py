@@ -14,6 +14,7 @@ from cluster_agent.executors.base import (
     Limits,
     Phase,
     Refused,
+    Saved,
     Started,
     StartRequest,
     Stopped,
@@ -28,6 +29,7 @@ _OUTCOMES = {
     Cause.DEADLINE: Outcome.DEADLINE,
     Cause.TIMEOUT: Outcome.TIMED_OUT,
     Cause.LOST: Outcome.LOST,
+    Cause.CARRIAGE: Outcome.LOST,
 }
 
 
@@ -69,6 +71,9 @@ def start_request(order: StartOrder, cluster: str) -> StartRequest:
         keep_at_fence=spec.keep_at_fence,
         inputs=spec.inputs,
         python=_python_call(spec),
+        artifacts=spec.artifacts,
+        checkpoint=spec.checkpoint,
+        slots=order.slots,
     )
 
 
@@ -89,7 +94,9 @@ def work_event(event: ExecutorEvent) -> on.Event | None:
         case Refused(key, reason):
             return on.WorkRefused(inner(key), reason)
         case Exited():
-            return on.WorkEnded(inner(event.key), _ended(event))
+            return on.WorkEnded(inner(event.key), _ended(event), event.end_wall - event.start_wall)
+        case Saved(key, checkpoint):
+            return on.WorkSaved(inner(key), checkpoint)
         case Stopped(key):
             return on.WorkStopped(inner(key))
     return None
@@ -115,4 +122,5 @@ def _ended(exited: Exited) -> Ended:
         round(exited.start_wall * 1000),
         round(exited.end_wall * 1000),
         exited.late,
+        exited.artifacts,
     )

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from cluster_agent.core.model import AttemptKey, Demand
 
-QUEUE_FLOOR = 16
-"""So many attempts may wait on any cluster, however small. Too small: a 1-CPU cluster idles for a round trip after
-every short task. Too large: work waits here that another cluster could run now."""
+QUEUE_FLOOR = 512
+"""So many attempts may wait on any cluster, however small; heartbeats say it. Too small: slots idle for a round trip between short
+tasks. How much should wait is the scheduler's business, which knows run times; this bounds a mistake of it."""
 
 QUEUE_SHARE = 1.0
 """Beyond the floor, what waits may add up to this share of the cluster: one refill hides the round trip; more is
@@ -124,6 +124,12 @@ class Ledger:
         held = self._held.pop(key, None)
         if held is not None:
             held[0].take(held[1], -1)
+
+    def pass_on(self, key: AttemptKey, heir: AttemptKey) -> None:
+        """What one held is another's; nothing happens if nothing was held."""
+        held = self._held.pop(key, None)
+        if held is not None:
+            self._held[heir] = held
 
     def _hold(self, key: AttemptKey, node: _Node, demand: Demand) -> None:
         node.take(demand)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from cluster_agent.core.capacity import FreeShape
-from cluster_agent.core.model import AttemptKey, Ended, Epoch, Mark, Phase, WorkSpec
+from cluster_agent.core.model import ArtifactRef, AttemptKey, Ended, Epoch, Mark, Phase, WorkSpec
 from cluster_agent.core.records import DURABLE, Record
 
 
@@ -22,6 +22,8 @@ class StartOrder:
     generation: int
     spec: WorkSpec
     stop_boot: float | None
+    slots: int = 0
+    """How many calls of its environment may run at once now (G5); 0: it starts at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,15 @@ class StartWork:
     """Spawn each, in order."""
 
     orders: tuple[StartOrder, ...]
+    needs_journal: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, slots=True)
+class WidenWork:
+    """So many calls of this one's environment may run at once now: it waited behind others and has a place (G5)."""
+
+    key: AttemptKey
+    slots: int
     needs_journal: ClassVar[bool] = True
 
 
@@ -130,6 +141,7 @@ class SendReports:
     finished: tuple[tuple[AttemptKey, Ended], ...] = ()
     rejected: tuple[tuple[AttemptKey, str], ...] = ()
     stopped: tuple[AttemptKey, ...] = ()
+    checkpoints: tuple[tuple[AttemptKey, ArtifactRef], ...] = ()
 
     @property
     def needs_journal(self) -> bool:
@@ -159,6 +171,7 @@ class DropStream:
 
 Action = (
     StartWork
+    | WidenWork
     | StopWork
     | AdoptWork
     | ForgetWork

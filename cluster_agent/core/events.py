@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster_agent.core.model import AttemptKey, Ended, Epoch, Mark, WorkSpec
+from cluster_agent.core.model import ArtifactRef, AttemptKey, Ended, Epoch, Mark, WorkSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +89,10 @@ class Adopted(OwnerMessage):
 
 @dataclass(frozen=True, slots=True)
 class ReportsSettled(OwnerMessage):
-    """Attempts whose report is committed."""
+    """Attempts whose report is committed, and checkpoints (by name) that are settled."""
 
     keys: tuple[AttemptKey, ...]
+    checkpoints: tuple[tuple[AttemptKey, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +113,19 @@ class WorkRefused:
 
 @dataclass(frozen=True, slots=True)
 class WorkEnded:
-    """All its processes are gone."""
+    """All its processes are gone. `seconds`: its run time, as the executor measured it."""
 
     key: AttemptKey
     ended: Ended
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkSaved:
+    """It runs, and has a newer checkpoint, which is stored."""
+
+    key: AttemptKey
+    checkpoint: ArtifactRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +180,7 @@ Event = (
     | WorkStarted
     | WorkRefused
     | WorkEnded
+    | WorkSaved
     | WorkStopped
     | Census
     | ExecutorLost

@@ -10,10 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from cluster_agent.core.capacity import FreeShape, Ledger, LocalQueue, NodeSpec
-from cluster_agent.core.commands import Action, AdoptWork, ForgetWork, KillAll, StartOrder, StartWork, Step, StopWork
+from cluster_agent.core.commands import (
+    Action,
+    AdoptWork,
+    ForgetWork,
+    KillAll,
+    StartOrder,
+    StartWork,
+    Step,
+    StopWork,
+    WidenWork,
+)
 from cluster_agent.core.events import Assignment, WorkEnded
+from cluster_agent.core.lanes import Lanes
 from cluster_agent.core.link import Link
-from cluster_agent.core.model import AgentState, Attempt, AttemptKey, Demand, Ended, Outcome, Phase
+from cluster_agent.core.model import AgentState, ArtifactRef, Attempt, AttemptKey, Demand, Ended, Outcome, Phase
 from cluster_agent.core.outbox import Outbox
 from cluster_agent.core.records import Finished, Forgotten, Moved, Record, Starting, StopConfirmed, Tombstoned, apply
 
@@ -36,6 +47,7 @@ class Holdings:
         self.step = Step()
         self._ledger = Ledger(nodes)
         self._queue = LocalQueue(*self._ledger.totals())
+        self._lanes = Lanes()
         self._unadopted: set[AttemptKey] = set()
         self._stopping: dict[float, list[AttemptKey]] = {}
 
@@ -174,7 +186,11 @@ class Holdings:
     # --- starting -----------------------------------------------------------------------------------------------------
 
     def start_what_fits(self, link: Link, now: float) -> None:
-        """Start from the head of the queue while there is room (F4: recorded first; D1: not after the deadline)."""
+        """Start from the head of the queue while there is room, and short calls behind their like without room (G5). F4: recorded
+        first; D1: not after the deadline."""
+        for key, demand in list(self._lanes.longest_behind()):
+            if self._ledger.place(key, demand):
+                self.do(WidenWork(key, self._lanes.promote(key)))
         orders: list[StartOrder] = []
         while (first := self._queue.first()) is not None:
             key, demand = first
@@ -186,12 +202,14 @@ class Holdings:
                 self._queue.remove(key)
                 self._finish(attempt, Ended(Outcome.DEADLINE, message="the deadline passed before it could start"))
                 continue
-            if not self._ledger.place(key, demand):
+            if self._ledger.place(key, demand):
+                slots = self._lanes.hold(key, spec)
+            elif not (slots := self._lanes.follow(key, spec)):
                 break
             self._queue.remove(key)
             keep = spec.keep_at_fence
             self.put(Starting(key, attempt.shard, link.generation, demand, spec.grace_seconds, keep))
-            orders.append(StartOrder(key, link.generation, spec, stop_boot))
+            orders.append(StartOrder(key, link.generation, spec, stop_boot, slots))
         if orders:
             self.do(StartWork(tuple(orders)))
 
@@ -204,18 +222,34 @@ class Holdings:
             attempt.phase = Phase.RUNNING
             self.outbox.started(key, wall_ms)
 
+    def saved(self, key: AttemptKey, checkpoint: ArtifactRef) -> None:
+        """A workload's newer checkpoint is stored; told at once, for it is what the next attempt starts from."""
+        attempt = self.state.attempts.get(key)
+        if attempt is not None and attempt.phase in (Phase.STARTING, Phase.RUNNING):
+            self.outbox.saved(key, checkpoint)
+
     def refused(self, key: AttemptKey, reason: str) -> None:
         """The executor has tombstoned it and never will start it: a rejection, at no cost to the task (C3)."""
         attempt = self.state.attempts.get(key)
         if attempt is not None and attempt.phase is Phase.STARTING:
-            self._ledger.release(key)
+            self._vacate(key)
             self.put(Tombstoned(key, attempt.shard, attempt.generation, reason or "refused by the executor"))
             self.outbox.add(key)
 
-    def ended(self, key: AttemptKey, ended: Ended) -> None:
-        """All its processes are gone."""
+    def _vacate(self, key: AttemptKey) -> None:
+        """It holds nothing any more; its place goes to who waits behind it, as it does at the executor (G5)."""
+        heir = self._lanes.leave(key)
+        if heir is None:
+            self._ledger.release(key)
+        else:
+            self._ledger.pass_on(key, heir)
+
+    def ended(self, key: AttemptKey, ended: Ended, seconds: float = 0.0) -> None:
+        """All its processes are gone. `seconds`: its run time."""
         attempt = self.state.attempts.get(key)
-        self._ledger.release(key)
+        if ended.outcome in (Outcome.SUCCEEDED, Outcome.FAILED):
+            self._lanes.learn(key, seconds)
+        self._vacate(key)
         if attempt is None:
             self.do(ForgetWork((key,)))  # settled before; only the executor still keeps it
         elif attempt.phase in (Phase.STARTING, Phase.RUNNING):
@@ -234,7 +268,7 @@ class Holdings:
         attempt = self.state.attempts.get(key)
         if attempt is None or attempt.phase is not Phase.STOPPING:
             return
-        self._ledger.release(key)
+        self._vacate(key)
         if attempt.orphaned:
             message = "it was started and has no process: the guard or the host went down"
             self._finish(attempt, attempt.ended or Ended(Outcome.LOST, message=message))
@@ -249,7 +283,8 @@ class Holdings:
         for attempt in self.state.attempts.values():
             if attempt.phase not in ALIVE:
                 continue
-            self._ledger.claim(attempt.key, attempt.demand)
+            if not self._lanes.behind(attempt.key):
+                self._ledger.claim(attempt.key, attempt.demand)
             if attempt.phase is Phase.STOPPING:
                 self._kill(attempt)
             elif attempt.key not in running:

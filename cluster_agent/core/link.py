@@ -75,6 +75,12 @@ class Link:
         """F is over: this stream is not trusted any more."""
         self.lapsed, self.renewed_at = True, None
 
+    def expects(self, shard: str, epoch: Epoch, dispatch_no: int) -> bool:
+        """Whether this dispatch is the next one of its owner on this stream (F3). An earlier one was acted upon already: what it
+        brought may have been rejected and forgotten since, and must not start. A later one comes again after those before it (J7)."""
+        held = self.received.get(shard)
+        return dispatch_no == (held[1] if held is not None and held[0] == epoch else 0) + 1
+
     def count(self, shard: str, epoch: Epoch, dispatch_no: int) -> int:
         """Count a dispatch; the highest number of this owner without a gap. Each owner begins a stream with 1: if that
         were lost and the next one set the beginning, a receipt would cover it."""

@@ -47,6 +47,16 @@ from cluster_agent.core.link import Link
 from cluster_agent.core.model import AgentState, AttemptKey
 from cluster_agent.core.records import Booted, EpochRaised, MarkRaised, SessionOpened
 
+GATHER_SECONDS = 0.01
+"""How long a report may wait for others while more work waits here. Smaller: a message, a commit and a dispatch for every few short
+tasks; larger: children of what is finished become ready later, and the queue must be deeper to hide it."""
+
+DEEP_QUEUE, DEEP_GATHER_SECONDS = 64, 0.03
+"""With so much waiting reports may gather longer: it is a multiple of what ends meanwhile, and its shards share commits."""
+
+GATHER_REPORTS = 256
+"""Reports that leave without waiting for more: a full message is as cheap a task as any larger one."""
+
 
 class AgentMachine:
     """See the module's rules. Not thread-safe; owns `state`."""
@@ -63,6 +73,8 @@ class AgentMachine:
         self._writable = True
         self._draining = False
         self._now = 0.0
+        self._told = float("-inf")
+        """When reports last left, boot clock."""
         held = self._held
         self._handlers: dict[type, Callable[[Any], None]] = {
             on.StreamOpened: self._on_stream_opened,
@@ -75,7 +87,8 @@ class AgentMachine:
             on.ReportsSettled: self._on_reports_settled,
             on.WorkStarted: lambda event: held.started(event.key, event.wall_ms),
             on.WorkRefused: lambda event: held.refused(event.key, event.reason),
-            on.WorkEnded: lambda event: held.ended(event.key, event.ended),
+            on.WorkEnded: lambda event: held.ended(event.key, event.ended, event.seconds),
+            on.WorkSaved: lambda event: held.saved(event.key, event.checkpoint),
             on.WorkStopped: lambda event: held.stopped(event.key),
             on.Census: self._on_census,
             on.ExecutorLost: self._on_executor_lost,
@@ -105,10 +118,26 @@ class AgentMachine:
         held.flush_stops()
         if link.leased and self._writable and self._joined and not self._guard_silent:
             held.start_what_fits(link, now)
-        if link.ready:
+        if link.ready and self.gathering(now) == 0.0:
             reports = held.outbox.due(self.state.attempts, stream=link.stream, generation=link.generation, now=now)
+            if reports:
+                self._told = now
             held.step.actions.extend(reports)
         return held.step
+
+    def gathering(self, now: float) -> float:
+        """Seconds for which reports still wait for company; 0 if none do. While the queue holds work no slot waits for an answer,
+        so many reports may share one message, one commit and one dispatch; when it is empty a report leaves at once."""
+        held = self._held
+        if not held.waiting() or not held.outbox.fresh or held.outbox.fresh >= GATHER_REPORTS:
+            return 0.0
+        patience = DEEP_GATHER_SECONDS if held.waiting() >= DEEP_QUEUE else GATHER_SECONDS
+        return max(0.0, min(patience, self._told + patience - now))
+
+    def due(self, now: float) -> bool:
+        """Whether time alone has given a step something to do: F may be over, a report be silent, waiting work too late."""
+        held = self._held
+        return held.waiting() > 0 or not held.outbox.idle or (not self.link.lapsed and self.link.passed(now))
 
     def vitals(self) -> Vitals:
         """What the next heartbeat says (S2, C4). While no work is taken, no room is offered."""
@@ -220,8 +249,9 @@ class AgentMachine:
     def _on_dispatched(self, event: on.Dispatched) -> None:
         if event.generation != self.link.generation or not self._writable or not self._admit(event):
             return
-        for assignment in event.assignments:
-            self._held.take(event.shard, assignment, self.link, draining=self._draining)
+        if self.link.expects(event.shard, event.epoch, event.dispatch_no):
+            for assignment in event.assignments:
+                self._held.take(event.shard, assignment, self.link, draining=self._draining)
         number = self.link.count(event.shard, event.epoch, event.dispatch_no)
         self._held.do(SendReceipt(event.stream, event.shard, event.epoch, number))
 
@@ -237,6 +267,8 @@ class AgentMachine:
 
     def _on_reports_settled(self, event: on.ReportsSettled) -> None:
         if self._admit(event):
+            for key, name in event.checkpoints:
+                self._held.outbox.settle_saved(key, name)
             self._held.settle(event.keys)
 
     # --- circumstances ------------------------------------------------------------------------------------------------

@@ -94,8 +94,29 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True)
+class ArtifactRef:
+    """A file that an attempt made: its name, bytes of content, and the sha-256 of its manifest."""
+
+    name: str
+    size: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactSource:
+    """An artifact and the attempt that made it, which says where it lies (F1)."""
+
+    namespace: str
+    maker: AttemptKey
+    cluster_uid: str
+    ref: ArtifactRef
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class PythonCall:
-    """A Python function to call: module:qualname, JSON arguments, packages it needs, and its packed code with its hash."""
+    """A Python function to call: module:qualname, JSON arguments, packages it needs, and its packed code with its hash. With a
+    hash but no archive, the code is in the artifact store."""
 
     function: str
     args_json: str
@@ -124,7 +145,16 @@ class WorkSpec:
     traceparent: str = ""
     python: PythonCall | None = None
     """Instead of `argv`, which is empty then."""
+    artifacts: tuple[ArtifactSource, ...] = ()
+    """Of its parents; to be there before it starts."""
+    checkpoint: ArtifactSource | None = None
+    """The last one of an earlier attempt; to be there before it starts."""
 
+    @property
+    def carried(self) -> bool:
+        """Something has to be fetched before it can start."""
+        stored = self.python is not None and bool(self.python.code) and not self.python.code_zip
+        return stored or bool(self.artifacts) or self.checkpoint is not None
 
 @dataclass(frozen=True, slots=True)
 class Ended:
@@ -137,7 +167,8 @@ class Ended:
     start_wall_ms: int = 0
     end_wall_ms: int = 0
     late: bool = False
-
+    artifacts: tuple[ArtifactRef, ...] = ()
+    """What it made; stored already."""
 
 @dataclass(slots=True)
 class Attempt:

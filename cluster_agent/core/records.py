@@ -195,7 +195,7 @@ def _attempt_records(attempt: Attempt) -> Iterator[Record]:
         case Phase.STOPPING | Phase.TOMBSTONED:
             if attempt.phase is Phase.STOPPING and (attempt.demand != Demand() or attempt.grace_seconds):
                 yield starting
-            if attempt.ended is not None:
+            if attempt.ended is not None and not attempt.orphaned:  # an orphan's end is the executor's to tell again
                 yield Finished(key, shard, generation, attempt.ended)
             if not attempt.orphaned:
                 yield Tombstoned(key, shard, generation, attempt.rejected)

@@ -19,6 +19,10 @@ G1): it outlives the agent, holds the lease timers, and kills on its own clock. 
 6. Exits are kept until `forget`: an agent that was away learns of them from `census` and from `events`.
 7. A workload leaves nothing behind: double forks and setsid are found and killed with it (G4), also when the guard dies.
 8. When a new connection is made, unread requests of the old one are void *before* the census is taken (G3).
+9. **Prefetch** (G5). Of python calls of one environment (tenant, requirements, code, limits) at most `slots` run at once; others
+   wait behind them and start when one ends, `Started` being told then. One that waits counts as started: it is in the census, its
+   lease and deadline end it. A stop, the fence or the end of a worker recalls it; what was recalled had not begun, so it ends
+   without having run, or runs elsewhere. `widen` raises `slots` for those that wait. An executor may also start all at once.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
+
+from cluster_agent.core.model import ArtifactRef, ArtifactSource
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -78,6 +84,10 @@ class PythonCall:
     tenant: str = ""
     """A worker serves one of these only: what a task leaves in its process is seen by nobody else."""
 
+    @property
+    def stored(self) -> bool:
+        """Its code is in the artifact store."""
+        return bool(self.code) and not self.code_zip
 
 @dataclass(frozen=True, slots=True)
 class StartRequest:
@@ -99,7 +109,17 @@ class StartRequest:
     """Written to the file BATON_INPUTS names (JSON object: parent id -> result), if not empty."""
     python: PythonCall | None = None
     """Instead of `argv`, which is empty then."""
+    artifacts: tuple[ArtifactSource, ...] = ()
+    """Of its parents, fetched into $BATON_INPUT_DIR before it starts, by an executor that carries (executors/carrying.py)."""
+    checkpoint: ArtifactSource | None = None
+    """Of an earlier attempt, fetched to $BATON_CHECKPOINT_DIR/latest before it starts, likewise."""
+    slots: int = 0
+    """Of a python call (contract 9): so many of its environment may run at once from now on. 0: it starts at once, whatever runs."""
 
+    @property
+    def carried(self) -> bool:
+        """Something has to be fetched before it can start."""
+        return bool(self.artifacts) or self.checkpoint is not None or (self.python is not None and self.python.stored)
 
 class Cause(Enum):
     """Why a workload ended."""
@@ -113,6 +133,7 @@ class Cause(Enum):
     SPAWN = "spawn"  # it could not be started at all (no such program, ...)
     LOST = "lost"  # the guard died with it: dead, its outcome unknown
     RESULT = "result"  # it exited 0 but its result is too large or unreadable
+    CARRIAGE = "carriage"  # its files could not be fetched or stored, through no fault of its own; message says why
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +167,23 @@ class Exited:
     result: bytes = b""
     message: str = ""
     late: bool = False
+    files_of: str = ""
+    """Name of the run, if it succeeded and left files in $BATON_ARTIFACTS_DIR."""
+    artifacts: tuple[ArtifactRef, ...] = ()
+    """Those files, once they are stored."""
 
     @property
     def succeeded(self) -> bool:
         """Exit code 0 of its own accord."""
         return self.cause is Cause.EXIT and self.exit_code == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """The workload runs, and has a newer checkpoint, which is stored."""
+
+    key: AttemptKey
+    checkpoint: ArtifactRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +200,7 @@ class GuardLost:
     killed: bool
 
 
-ExecutorEvent = Started | Refused | Exited | Stopped | GuardLost
+ExecutorEvent = Started | Refused | Exited | Saved | Stopped | GuardLost
 
 
 class Phase(Enum):
@@ -188,6 +221,8 @@ class CensusEntry:
     generation: int
     phase: Phase
     exited: Exited | None = None
+    run: str = ""
+    """Name of its run, in phases STARTING and RUNNING, where it is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +266,10 @@ class Executor(Protocol):
 
     async def start(self, requests: Sequence[StartRequest]) -> None:
         """Spawn each, in order; answers come as events."""
+        ...
+
+    async def widen(self, key: AttemptKey, slots: int) -> None:
+        """So many calls of this one's environment may run at once from now on; nothing if it is over."""
         ...
 
     async def stop(self, keys: Sequence[AttemptKey], *, grace_seconds: float) -> None:

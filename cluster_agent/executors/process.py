@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import fcntl
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +32,14 @@ from cluster_agent.executors.base import (
     StartRequest,
     Stopped,
 )
+from cluster_agent.executors.contact import READ_BYTES, RETRY_SECONDS, Greeting, hear_census, is_dead
 from cluster_agent.guard.protocol import (
-    LOCK,
-    VERSION,
     Frames,
     Message,
     ProtocolError,
     SocketDirectory,
     code_to_wire,
     encode,
-    entry_from_wire,
     exit_from_wire,
     for_pip,
     start_batches,
@@ -56,38 +52,22 @@ CALL_SECONDS = 10.0
 """For the guard to take a batch or answer a read. It ticks every 150 ms; one that is silent this long is stopped or
 stuck."""
 
-DEATH_SECONDS = 2.0
-"""After the connection broke, for the kernel to release a dead guard's lock. Longer only delays the news of a
-takeover."""
-
 SILENCE_SECONDS = 2.0
 """Without a tick for so long (the pause bound P of F5) at F, a guard counts as frozen. Smaller kills a guard, and work
 that is to be kept, on a busy host; larger eats into K."""
-
-RETRY_SECONDS = 0.02
-"""Between looks at a guard that is starting or dying."""
 
 MAX_UNREAD_EVENTS = 10_000
 """Events the agent has not taken; then we stop reading the guard, which bounds its own side. Smaller stalls big
 batches."""
 
+FORGET_SECONDS = 0.05
+"""How long a `forget` waits for company. Smaller: the guard is woken for it; larger: it keeps what nobody needs."""
+
 CODE_SECONDS = 3600.0
 """Packed code is sent again after so long: the guard keeps unused code for a day. Smaller only sends it more often."""
 
-READ_BYTES = 1 << 18
-
 _ROOT = str(Path(cluster_agent.__file__).resolve().parent.parent)
 """Where the guard finds its code: next to ours."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Greeting:
-    """What a guard says first: hello, census, what came right behind them, and the state of the stream."""
-
-    hello: Message
-    entries: list[CensusEntry]
-    later: list[Message]
-    frames: Frames
 
 
 class ProcessExecutor:
@@ -115,6 +95,8 @@ class ProcessExecutor:
         self._ended = True
         self._codes: dict[str, float] = {}
         """Packed codes this guard has, and when they were sent."""
+        self._forgotten: list[str] = []
+        """What the guard is still to forget; a census of the next one tells us if that is lost."""
         self._reads: dict[int, asyncio.Future[tuple[bytes, bool]]] = {}
         self._read_id = 0
 
@@ -170,11 +152,15 @@ class ProcessExecutor:
         now = self._clock.boot()
         for request in requests:
             call = request.python
-            if call is None or not call.code or self._codes.get(call.code, -CODE_SECONDS) + CODE_SECONDS > now:
+            if call is None or not call.code_zip or self._codes.get(call.code, -CODE_SECONDS) + CODE_SECONDS > now:
                 continue
             await self._ask(code_to_wire(call))
             self._codes = {code: sent for code, sent in self._codes.items() if sent + CODE_SECONDS > now}
             self._codes[call.code] = now
+
+    async def widen(self, key: AttemptKey, slots: int) -> None:
+        """See Executor."""
+        await self._ask({"op": "widen", "key": key.text(), "slots": slots})
 
     async def stop(self, keys: Sequence[AttemptKey], *, grace_seconds: float) -> None:
         """See Executor."""
@@ -182,7 +168,21 @@ class ProcessExecutor:
 
     async def forget(self, keys: Sequence[AttemptKey]) -> None:
         """See Executor."""
-        await self._ask({"op": "forget", "keys": [key.text() for key in keys]})
+        if self._writer is None:
+            raise ConnectionError("not connected to a guard")
+        if not self._forgotten:
+            self._clock.later(FORGET_SECONDS, self._tell_forgotten)
+        self._forgotten.extend(key.text() for key in keys)
+
+    def _tell_forgotten(self) -> None:
+        """By themselves, as nothing was asked for a moment."""
+        if self._forgotten and self._writer is not None:
+            self._writer.write(self._forgetting())
+
+    def _forgetting(self) -> bytes:
+        """What travels before whatever is asked next."""
+        keys, self._forgotten = self._forgotten, []
+        return encode({"op": "forget", "keys": keys}) if keys else b""
 
     async def kill_all(self) -> None:
         """See Executor."""
@@ -223,6 +223,12 @@ class ProcessExecutor:
                 return
             yield batch
 
+    async def tell(self, events: Sequence[ExecutorEvent]) -> None:
+        """What a decorator (executors/carrying.py) has to say, in line with the guard's own news."""
+        async with self._changed:
+            self._unread.extend(events)
+            self._changed.notify_all()
+
     async def close(self) -> None:
         """See Executor."""
         await self._leave()
@@ -236,12 +242,12 @@ class ProcessExecutor:
                 await reading
         await self._hang_up()
 
-    async def _meet(self, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, _Greeting]:
+    async def _meet(self, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Greeting]:
         """A stream and what the guard said first; a guard that dies meanwhile is replaced."""
         while True:
             reader, writer = await self._join(address)
             try:
-                return reader, writer, await self._hear_census(reader)
+                return reader, writer, await hear_census(reader)
             except (ConnectionResetError, EOFError):
                 writer.close()
                 await self._clock.sleep(RETRY_SECONDS)
@@ -282,31 +288,7 @@ class ProcessExecutor:
             return False
         raise ConnectionError(f"the guard did not start: {words.decode(errors='replace').strip()}")
 
-    async def _hear_census(self, reader: asyncio.StreamReader) -> _Greeting:
-        frames = Frames()
-        hello: Message = {}
-        entries: list[CensusEntry] = []
-        later: list[Message] | None = None
-        while later is None:
-            data = await reader.read(READ_BYTES)
-            if not data:
-                raise EOFError("the guard died during its census")
-            for message in frames.feed(data):
-                if later is not None:
-                    later.append(message)
-                elif message["ev"] == "hello":
-                    hello = message
-                elif message["ev"] == "census":
-                    entries.extend(entry_from_wire(wire) for wire in message["entries"])
-                elif message["ev"] == "ready":
-                    later = []
-                elif message["ev"] == "superseded":
-                    raise ConnectionError("another agent took this guard over")
-        if hello.get("version") != VERSION:
-            raise ConnectionError(f"the guard speaks version {hello.get('version')}, this agent {VERSION}")
-        return _Greeting(hello, entries, later, frames)
-
-    def _begin(self, reader: asyncio.StreamReader, greeting: _Greeting) -> list[CensusEntry]:
+    def _begin(self, reader: asyncio.StreamReader, greeting: Greeting) -> list[CensusEntry]:
         hello = greeting.hello
         self._features = Features(hello["isolation"], hello["orphan_killer"], hello["detail"])
         self._guard_pid, self._ticked_at = hello["pid"], hello["at"]
@@ -332,7 +314,7 @@ class ProcessExecutor:
                         await self._changed.wait_for(lambda: len(self._unread) < MAX_UNREAD_EVENTS)
                         self._unread.extend(fresh)
                         self._changed.notify_all()
-        if await self._guard_is_dead():
+        if await is_dead(self._directory, self._clock):
             self._told_lost = True
             self._unread.append(GuardLost(killed=self._said_bye or self.features().orphan_killer))
         await self._hang_up()
@@ -343,12 +325,15 @@ class ProcessExecutor:
             case "tick":
                 self._ticked_at = message["at"]
             case "started":
-                yield Started(AttemptKey.parse(message["key"]), message["pid"], message["wall"])
+                yield from (Started(AttemptKey.parse(key), pid, wall) for key, pid, wall in message["starts"])
             case "refused":
                 yield Refused(AttemptKey.parse(message["key"]), message["reason"])
-            case "exited":
-                exited: Exited = exit_from_wire(message["exit"])
-                yield exited
+            case "exits":
+                for wire in message["exits"]:
+                    exited: Exited = exit_from_wire(wire)
+                    if "pid" in wire:  # it began and ended in one turn of the guard
+                        yield Started(exited.key, wire["pid"], exited.start_wall)
+                    yield exited
             case "stopped":
                 yield from (Stopped(AttemptKey.parse(key)) for key in message["keys"])
             case "bye":
@@ -358,28 +343,13 @@ class ProcessExecutor:
                 if answer is not None and not answer.done():
                     answer.set_result((base64.b64decode(message["data"]), message["complete"]))
 
-    async def _guard_is_dead(self) -> bool:
-        """Whether its lock is free; looked at for a while, since the kernel closes a dead process's files one by
-        one."""
-        deadline = self._clock.boot() + DEATH_SECONDS
-        while True:
-            fd = os.open(self._directory / LOCK, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                if self._clock.boot() > deadline:
-                    return False
-            finally:
-                os.close(fd)
-            await self._clock.sleep(RETRY_SECONDS)
-
     def _hold_guard(self, fd: int) -> None:
         if self._guard_fd >= 0:
             os.close(self._guard_fd)
         self._guard_fd = fd
 
     async def _hang_up(self) -> None:
+        self._tell_forgotten()
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
@@ -394,6 +364,6 @@ class ProcessExecutor:
         """Send one request. Raises ConnectionError, or TimeoutError when the guard does not read."""
         if self._writer is None:
             raise ConnectionError("not connected to a guard")
-        self._writer.write(encode(message))
+        self._writer.write(self._forgetting() + encode(message))
         async with asyncio.timeout(CALL_SECONDS):
             await self._writer.drain()

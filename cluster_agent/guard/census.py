@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from cluster_agent.core.lease import Leases
 from cluster_agent.executors.base import AttemptKey, CensusEntry, Features, Phase
 from cluster_agent.guard import host
 from cluster_agent.guard.ledger import Ledger
 from cluster_agent.guard.protocol import VERSION, Message, entry_to_wire, exit_from_wire
-from cluster_agent.guard.workload import Workload
+from cluster_agent.guard.workload import Workload, run_of
 
 CENSUS_CHUNK = 64
 """Entries per census message: at the result limit such a message has 1.5 MiB."""
@@ -39,12 +39,20 @@ def greeting(features: Features, entries: Iterator[CensusEntry], *, lost_before:
 
 
 def census(
-    live: Mapping[str, Workload], leases: Leases[str], ledger: Ledger, unrecorded: Mapping[str, Message]
+    live: Mapping[str, Workload],
+    waiting: Iterable[AttemptKey],
+    leases: Leases[str],
+    ledger: Ledger,
+    unrecorded: Mapping[str, Message],
 ) -> Iterator[CensusEntry]:
-    """Every attempt the guard knows: running, ended and not forgotten, tombstoned."""
+    """Every attempt the guard knows: running, waiting behind one that runs, ended and not forgotten, tombstoned."""
+    for behind in waiting:
+        generation = leases.generation(behind.text())
+        yield CensusEntry(behind, generation if generation is not None else 0, Phase.STARTING)
     for key, workload in live.items():
         generation = leases.generation(key)
-        yield CensusEntry(workload.request.key, generation if generation is not None else 0, workload.phase)
+        lease = generation if generation is not None else 0
+        yield CensusEntry(workload.request.key, lease, workload.phase, run=run_of(workload.request))
     for generation, wire in ledger.exits.values():
         exited = exit_from_wire(wire)
         yield CensusEntry(exited.key, generation, Phase.EXITED, exited)

@@ -1,4 +1,5 @@
-"""The guard's rules: requests in, events out, one thread (PROTOCOL G1-G5, F3-F5, F8). The socket is in `server`.
+"""The guard's rules: requests in, events out, one thread (PROTOCOL G1-G5, F3-F5, F8). The socket is in `server`, python calls in
+`lines`.
 
 Order is safety here. The clock is read before each request and first thing after a pause, and what the clock orders is
 carried out before what the agent asks (G1). A start is on disk before its spawn (F4); a refusal or a stop is on disk,
@@ -10,35 +11,23 @@ from __future__ import annotations
 
 import base64
 import os
-import resource
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from cluster_agent.core.lease import Action, Bounds, Leases, Order, Reason
-from cluster_agent.executors.base import AttemptKey, Cause, Exited, Features, Phase, PythonCall, StartRequest
+from cluster_agent.executors.base import AttemptKey, Cause, Exited, Features, Phase, StartRequest
 from cluster_agent.executors.wording import worded
 from cluster_agent.guard import host, proctree, strays
 from cluster_agent.guard.census import census, greeting
+from cluster_agent.guard.gate import Gate
 from cluster_agent.guard.ledger import Ledger
-from cluster_agent.guard.meters import tree_breach
+from cluster_agent.guard.lines import Lines
+from cluster_agent.guard.news import Emit, News
 from cluster_agent.guard.places import Places, checkpoint_name
-from cluster_agent.guard.protocol import Message, code_from_wire, exit_from_wire, exit_to_wire, start_from_wire
-from cluster_agent.guard.pythons import Pythons, Worker, died, ended
-from cluster_agent.guard.workload import Spawner, Workload, needs_tree_polling, outcome, resolve
-
-MAX_WORKLOADS = 4096
-"""Running at once; fewer where the host permits fewer open files. Each takes FILES_PER_WORKLOAD and a keeper of about 2
-MiB; more would meet the host's limits unannounced."""
-
-FILES_PER_WORKLOAD = 4
-SPARE_FILES = 64
-"""Sockets, ledger, pipes of a spawn under way, a walk of the meters. Fewer, and a full guard could not take a call."""
-
-FOREVER = 1e9
-"""Time-out while a worker makes its environment, which it bounds itself (python_worker.INSTALL_SECONDS)."""
-
-Emit = Callable[[Message], None]
+from cluster_agent.guard.protocol import Message, code_from_wire, exit_from_wire, start_from_wire
+from cluster_agent.guard.pythons import Pythons
+from cluster_agent.guard.workload import Spawner, Workload, breaches, outcome, resolve
 
 
 class Guard:
@@ -56,18 +45,17 @@ class Guard:
     ) -> None:
         self._ledger, self._places, self._spawner = ledger, places, spawner
         self._emit, self._watch, self._unwatch = emit, watch, unwatch
-        self._min_free_bytes = min_free_bytes
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most = max(1, min(MAX_WORKLOADS, (files - SPARE_FILES) // FILES_PER_WORKLOAD))
         self._leases: Leases[str] = Leases()
         self._live: dict[str, Workload] = {}
         self._unwritten: dict[str, tuple[str | None, bool]] = {}
         """Tombstones a full disk would not take: key -> (refusal to tell then, stop to confirm then); barred till then."""
+        self._stopping: set[str] = set()
+        """Told to stop while they ran; confirmed when they are over."""
         self._busy_groups: list[Workload] = []
-        self._unrecorded: dict[str, Message] = {}
-        """Exits a full disk would not take; told already, written when there is room."""
-        self._ending = False
+        self._news = News(ledger, emit)
         self._pythons = Pythons(places.directory, spawner, places)
+        self._gate = Gate(ledger, self._leases, self._pythons, places, min_free_bytes)
+        self._lines = Lines(self._pythons, self._leases, self, watch, unwatch)
         self.lost_before = False
         """An earlier guard died with work; told with the first hello."""
 
@@ -86,16 +74,22 @@ class Guard:
         """Every 100-200 ms: meters, retention, and what a full disk held up."""
         self._measure(now)
         self._pythons.tick(now)
+        self._lines.tick(now)
         self._busy_groups = [w for w in self._busy_groups if w.group is not None and not w.group.remove()]
         if self._unwritten:
             self._write_tombstones(list(self._unwritten))
-        for key in list(self._unrecorded):
-            with suppress(OSError):
-                self._ledger.exited(key, self._unrecorded[key])
-                del self._unrecorded[key]
+        self._news.catch_up()
         self._places.empty_trash()
         if not self._spawner.isolation.namespace:
             strays.reap(self._ours())
+
+    def settle(self, now: float) -> None:
+        """At the end of each turn: calls that wait go to workers that are free, and what happened is told."""
+        wakeup = self.next_wakeup()
+        if wakeup is not None and wakeup <= now:
+            self.enforce(now)  # before anything begins: the guard may have been paused within the turn (G1)
+        self._lines.deal(now)
+        self._news.tell()
 
     def sweep(self) -> None:
         """Every minute: retention, and the ledger's reserve."""
@@ -110,7 +104,9 @@ class Guard:
     def hello(self, features: Features) -> Iterator[Message]:
         """The answer to a new connection: who we are and what we know (G3)."""
         lost_before, self.lost_before = self.lost_before, False
-        entries = census(self._live, self._leases, self._ledger, self._unrecorded)
+        self._news.supersede()
+        waiting = [call.request.key for call in self._pythons.calls.values() if not call.begun]
+        entries = census(self._live, waiting, self._leases, self._ledger, self._news.unrecorded)
         return greeting(features, entries, lost_before=lost_before)
 
     def handle(self, message: Message, now: float) -> None:
@@ -131,7 +127,9 @@ class Guard:
             case "log":
                 self._tell_log(message)
             case "code":
-                self._pythons.keep_code(*code_from_wire(message))
+                self._pythons.codes.keep(*code_from_wire(message))
+            case "widen":
+                self._pythons.widen(AttemptKey.parse(message["key"]).text(), int(message["slots"]))
             case "kill_all":
                 self.end_all(Reason.STOP, now, 0.0)
             case other:
@@ -143,7 +141,7 @@ class Guard:
         key = request.key.text()
         if key in self._live or key in self._unwritten:
             return
-        refusal, paths = self._refusal(request, now), {}
+        refusal, paths = self._gate.refusal(request, now, len(self._live), self._gate.full()), {}
         if refusal is None:
             try:
                 paths = self._places.prepare(request.key, request.inputs)
@@ -152,36 +150,74 @@ class Guard:
                 self._places.discard(key)
                 refusal = f"the executor's disk refused it: {error.strerror}"
         if refusal is not None:
-            self._unwritten[key] = (refusal, False)
-            self._write_tombstones([key])
+            self._refuse([(key, refusal)])
             return
         try:
-            if request.python is not None:
-                self._lend(request, request.python, paths, now)
-                return
             program = resolve(request.argv[0], request.env, self._places.work_of(key))
             workload = self._spawner.spawn(request, paths, program)
         except (OSError, ValueError) as error:
             if not self._spawner.isolation.namespace:
                 strays.hunt(self._ours())  # a keeper that could not be supervised was killed
             wall = host.wall()
-            self._exited(Exited(request.key, Cause.SPAWN, None, None, wall, wall, message=str(error)))
+            self.ended_unbegun(Exited(request.key, Cause.SPAWN, None, None, wall, wall, message=str(error)))
             return
+        self._live[key] = workload
+        grace, keep = request.grace_seconds, request.keep_at_fence
+        bounds = Bounds(request.generation, now, request.stop_at, request.timeout_seconds, grace, keep)
+        self._leases.add(key, bounds)
         process = proctree.read(workload.keeper_pid)
-        self._took(workload, now, process.start_ticks if process is not None else 0)
-        self._listen(workload)
+        with suppress(OSError):  # without the record only the keepers' lock proves its death to a later guard
+            self._ledger.kept(key, workload.keeper_pid, process.start_ticks if process is not None else 0)
+        self.listen(workload)
+
+    def start_calls(self, wires: Sequence[Message], now: float) -> None:
+        """Take python calls together: one look at the disk and one record for all. Each is dealt to a worker, or refused for ever."""
+        taken: dict[int, list[StartRequest]] = {}
+        refused: list[tuple[str, str]] = []
+        full, names, calls = self._gate.full(), set(), self._pythons.calls
+        for wire in wires:
+            request = start_from_wire(wire)
+            key = request.key.text()
+            if key in calls or key in self._unwritten or key in names:
+                continue
+            names.add(key)
+            live = len(self._live) + (0 if request.slots else len(names))
+            refusal = self._gate.refusal(request, now, live, full) or self._gate.inputs_refused(request)
+            if refusal is None:
+                taken.setdefault(request.generation, []).append(request)
+            else:
+                refused.append((key, refusal))
+        for generation, requests in taken.items():
+            try:
+                keys = [request.key.text() for request in requests]
+                self._ledger.started_together(keys, generation, host.wall())
+            except OSError as error:
+                refused.extend((key, f"the executor's disk refused it: {error.strerror}") for key in keys)
+            else:
+                self._lines.admit(requests, now)
+        if refused:
+            self._refuse(refused)
 
     def end_all(self, reason: Reason, now: float, grace_seconds: float) -> None:
         """End every workload; told by events."""
-        for key in self._live:
+        for key in [*self._live, *self._pythons.calls]:
             self._leases.cut(key, reason, now, grace_seconds)
         self._pythons.dismiss(float("inf"))
         self.enforce(now)
 
     def end(self, now: float, grace_seconds: float) -> None:
         """This guard was told to go: nothing starts any more, what runs ends as stopped."""
-        self._ending = True
+        self._gate.ending = True
         self.end_all(Reason.STOP, now, grace_seconds)
+
+    def next_telling(self) -> float | None:
+        """When `settle` has something to tell though nothing happened."""
+        return self._news.next_wakeup
+
+    @property
+    def unhurried(self) -> bool:
+        """Calls run, and no worker can run out of them within a millisecond."""
+        return self._pythons.deep
 
     @property
     def idle(self) -> bool:
@@ -190,74 +226,35 @@ class Guard:
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
-    def _refusal(self, request: StartRequest, now: float) -> str | None:
-        if self._ledger.knows(request.key.text()):
-            return "this attempt was started, refused or stopped before"
-        if self._ending:
-            return "the guard is ending"
-        lease = self._leases.refusal(request.generation, now)
-        if lease is not None:
-            return lease
-        if request.stop_at is not None and now >= request.stop_at:
-            return "its deadline has passed"
-        incomplete = self._pythons.refusal(request)
-        if incomplete is not None:
-            return incomplete
-        if len(self._live) + self._pythons.extra_load >= self._most:
-            return f"the guard runs {self._most} workloads, its limit"
-        if (free := self._places.free_bytes()) < self._min_free_bytes:
-            return f"the executor's disk is full: {free} bytes free, {self._min_free_bytes} needed"
-        return None
+    def _refuse(self, refused: Iterable[tuple[str, str]]) -> None:
+        """Tombstone each, then say so."""
+        fresh = {key: (refusal, False) for key, refusal in refused}
+        self._unwritten.update(fresh)
+        self._write_tombstones(list(fresh))
 
-    def _took(self, workload: Workload, now: float, keeper_ticks: int, timeout: float | None = None) -> None:
-        """A keeper runs it: hold its timers."""
-        key, request = workload.name, workload.request
-        self._live[key] = workload
-        seconds = timeout if timeout is not None else request.timeout_seconds
-        grace, keep = request.grace_seconds, request.keep_at_fence
-        self._leases.add(key, Bounds(request.generation, now, request.stop_at, seconds, grace, keep))
-        with suppress(OSError):  # without the record only the keepers' lock proves its death to a later guard
-            self._ledger.kept(key, workload.keeper_pid, keeper_ticks)
+    def took(self, workload: Workload, pid: int) -> None:
+        """See lines.Owner."""
+        self._live[workload.name] = workload
+        if pid:
+            self._news.started(workload.name, pid, workload.start_wall)
 
-    def _listen(self, workload: Workload) -> None:
+    def gave_back(self, key: str) -> None:
+        """See lines.Owner."""
+        self._live.pop(key, None)
+        self._news.unstarted(key)
+
+    def listen(self, workload: Workload) -> None:
+        """See lines.Owner."""
         self._watch(workload.status_fd, lambda: self._heard(workload))
         self._watch(workload.pidfd, lambda: self._buried(workload))
-
-    def _lend(self, request: StartRequest, call: PythonCall, paths: dict[str, str], now: float) -> None:
-        """Give it to a Python worker. Raises OSError, and then no worker has it."""
-        worker = self._pythons.lend(request, call, paths)
-        workload = worker.workload
-        warm = workload.phase is Phase.RUNNING
-        self._took(workload, now, worker.keeper_ticks, None if warm or not call.requirements else FOREVER)
-        if warm:
-            self._emit({"ev": "started", "key": workload.name, "pid": workload.pid, "wall": workload.start_wall})
-        else:
-            self._listen(workload)
-            self._watch(worker.control.fileno(), lambda: self._answered(worker))
-
-    def _answered(self, worker: Worker) -> None:
-        """A worker spoke, or closed its socket."""
-        answer, workload, now = self._pythons.receive(worker), worker.workload, host.boot()
-        if worker.hung_up is not None:
-            self._unwatch(worker.control.fileno())
-        if answer is None or worker.answer is not None:
-            return
-        key = workload.name
-        if answer.ready:
-            self._leases.restart(key, now, workload.request.timeout_seconds)
-        elif self._leases.reason(key) is None and self._pythons.clean(worker, answer):
-            self._concluded(workload, ended(workload, answer, late=self._leases.remove(key, now)))
-            self._pythons.rest(worker, now)
-        else:
-            worker.answer = answer
-            self._pythons.kill(worker)
 
     def _heard(self, workload: Workload) -> None:
         pid = workload.hear()
         if workload.wait_status is not None or workload.failure:
             self._unwatch(workload.status_fd)
         if pid is not None:
-            self._emit({"ev": "started", "key": workload.name, "pid": pid, "wall": workload.start_wall})
+            if workload.name in self._live:  # a call may be over before its new worker is heard of
+                self._news.started(workload.name, pid, workload.start_wall)
             if workload.owed_term:
                 workload.signal_keeper(signal.SIGTERM)
 
@@ -268,55 +265,62 @@ class Guard:
         self._unwatch(workload.pidfd)
         self._heard(workload)
         self._unwatch(workload.status_fd)
-        worker = self._pythons.of(workload)
-        if worker is not None:
-            self._answered(worker)  # it may have answered right before it died
-            self._unwatch(worker.control.fileno())
-            self._pythons.bury(worker)
         if workload.wait_status is None:
             workload.salvage_output()
             if not self._spawner.isolation.namespace:
                 strays.hunt(self._ours())
-        if worker is None or worker.busy:
-            reason = self._leases.reason(workload.name)
-            late = self._leases.remove(workload.name, host.boot())
-            if worker is not None and worker.answer is not None and reason is None:
-                exited = ended(workload, worker.answer, late=late)
-            else:
-                exited = outcome(workload, reason, late, self._places)
-                exited = exited if worker is None else died(exited)
-            self._concluded(workload, exited)
+        worker = self._pythons.of(workload)
+        if worker is not None:
+            self._lines.buried(worker, lambda: self._outcome(workload), host.boot())
+        else:
+            self.concluded(workload, self._outcome(workload))
         workload.close()
         if workload.group is not None and not workload.group.remove():
             self._busy_groups.append(workload)
 
-    def _concluded(self, workload: Workload, exited: Exited) -> None:
-        """The attempt is over, and nothing of it runs."""
-        key = workload.name
-        del self._live[key]
-        if workload.request.python is not None:
-            self._pythons.cap_log(workload.request)
-        self._exited(worded(exited, workload.request))
-        if workload.confirm_stop and key in self._unwritten:
-            self._unwritten[key] = (None, True)
-        elif workload.confirm_stop:
-            self._emit({"ev": "stopped", "keys": [key]})
+    def _outcome(self, workload: Workload) -> Exited:
+        """How its process says that it ended; its timers go."""
+        reason = self._leases.reason(workload.name)
+        return outcome(workload, reason, self._leases.remove(workload.name, host.boot()), self._places)
 
-    def _exited(self, exited: Exited) -> None:
-        key, wire = exited.key.text(), exit_to_wire(exited)
-        self._places.finished(key)
-        self._drop_checkpoint(exited.key, full=False)
-        try:
-            self._ledger.exited(key, wire)
-        except OSError:
-            self._unrecorded[key] = wire
-        self._emit({"ev": "exited", "exit": wire})
+    def concluded(self, workload: Workload, exited: Exited, *, bare: bool = False) -> None:
+        """The attempt is over, and nothing of it runs. `bare`: it left no log and no directory."""
+        key = exited.key.text()
+        del self._live[key]
+        if workload.request.python is not None and not bare:
+            self._pythons.cap_log(workload.request)
+        self._exited(key, worded(exited, workload.request), bare=bare)
+
+    def ended_unbegun(self, exited: Exited) -> None:
+        """See lines.Owner; also how a spawn ends that came to nothing."""
+        self._exited(exited.key.text(), exited)
+
+    def _exited(self, key: str, exited: Exited, *, bare: bool = False) -> None:
+        if not bare:
+            self._places.finished(key)
+            self._drop_checkpoint(exited.key, full=False)
+        self._news.exited(key, exited, bare=bare)
+        if key in self._stopping:
+            self._stopping.discard(key)
+            if key in self._unwritten:
+                self._unwritten[key] = (None, True)
+            else:
+                self._tell({"ev": "stopped", "keys": [key]})
+
+    def _tell(self, message: Message) -> None:
+        """Say it after what happened before it."""
+        self._news.tell()
+        self._emit(message)
 
     def _carry_out(self, order: Order[str]) -> None:
         workload = self._live.get(order.key)
         if workload is None:
+            self._lines.withdraw(order.key, order.reason, host.boot())
             return
         first = workload.phase is not Phase.STOPPING
+        if first and not self._lines.alone(workload, order.key):
+            self._lines.withdraw(order.key, order.reason, host.boot())
+            return
         if order.action is Action.KILL:
             namespace = self._spawner.isolation.namespace
             workload.signal_keeper(signal.SIGKILL if namespace else signal.SIGUSR2)
@@ -328,11 +332,12 @@ class Guard:
 
     def _stop(self, keys: list[str], grace: float, now: float) -> None:
         for key in keys:
+            self._lines.withdraw(key, Reason.STOP, now)
             refusal = self._unwritten.get(key, (None, False))[0]
             self._unwritten[key] = (refusal, key not in self._live)
             if key in self._live:
                 self._leases.cut(key, Reason.STOP, now, grace)
-                self._live[key].confirm_stop = True
+                self._stopping.add(key)
         self._write_tombstones(keys)
         self.enforce(now)
 
@@ -346,21 +351,25 @@ class Guard:
         for key in keys:
             refusal, confirm = self._unwritten.pop(key, (None, False))
             if refusal is not None:
-                self._emit({"ev": "refused", "key": key, "reason": refusal})
+                self._tell({"ev": "refused", "key": key, "reason": refusal})
             if confirm:
                 stopped.append(key)
         if stopped:
-            self._emit({"ev": "stopped", "keys": stopped})
+            self._tell({"ev": "stopped", "keys": stopped})
 
     def _forget(self, keys: Iterable[str]) -> None:
-        done = [key for key in keys if key not in self._live]
-        for exited in (exit_from_wire(self._ledger.exits[key][1]) for key in done if key in self._ledger.exits):
-            if exited.succeeded:
-                self._drop_checkpoint(exited.key, full=True)
+        done = [key for key in keys if key not in self._live and key not in self._pythons.calls]
+        self._news.record()
+        left: list[str] = []
+        for key in done:
+            wire = self._ledger.exits[key][1] if key in self._ledger.exits else self._news.unrecorded.pop(key, None)
+            if wire is None or not wire.get("bare"):
+                left.append(key)
+                if wire is not None and exit_from_wire(wire).succeeded:
+                    self._drop_checkpoint(AttemptKey.parse(key), full=True)
         with suppress(OSError):  # the agent forgets again after its next census
             self._ledger.forget(done)
-        for key in done:
-            self._unrecorded.pop(key, None)
+        for key in left:
             self._places.discard(key)
 
     def _drop_checkpoint(self, key: AttemptKey, *, full: bool) -> None:
@@ -371,28 +380,18 @@ class Guard:
 
     def _tell_log(self, message: Message) -> None:
         key = AttemptKey.parse(message["key"]).text()
+        self._news.tell()
         data, at_end = self._places.read_log(key, int(message["offset"]), int(message["limit"]))
         text, complete = base64.b64encode(data).decode(), at_end and key not in self._live
         self._emit({"ev": "log", "id": message["id"], "data": text, "complete": complete})
 
     def _measure(self, now: float) -> None:
-        """Find workloads over limits that the kernel does not hold for us."""
-        found = self._spawner.groups.found
-        polled = [w for w in self._live.values() if needs_tree_polling(w.request.limits, found)]
-        processes = proctree.everything() if polled else {}
-        for workload in polled:
-            self._over(workload, tree_breach(workload.request.limits, workload.keeper_pid, processes), now)
-        for workload in list(self._live.values()):
-            limit = workload.request.limits.disk_bytes
-            if workload.meter is not None and workload.meter.step() > limit:
-                used = workload.meter.used_bytes
-                self._over(workload, f"it uses {used} bytes of disk, over its limit of {limit} bytes", now)
-
-    def _over(self, workload: Workload, breach: str, now: float) -> None:
-        if breach and self._leases.reason(workload.name) is None:
-            workload.breach = breach
-            self._leases.cut(workload.name, Reason.LIMIT, now, 0.0)
-            self.enforce(now)
+        """End workloads over limits that the kernel does not hold for us."""
+        for workload, breach in breaches(list(self._live.values()), self._spawner.groups.found):
+            if self._leases.reason(workload.name) is None:
+                workload.breach = breach
+                self._leases.cut(workload.name, Reason.LIMIT, now, 0.0)
+                self.enforce(now)
 
     def _ours(self) -> set[int]:
         """Children of the guard that are no strays."""

@@ -12,6 +12,7 @@ import os
 import platform
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 CLONE_NEWNS = 0x00020000
@@ -85,6 +86,18 @@ def mount_own_proc() -> None:
     """Give this mount namespace a /proc of this PID namespace; nothing of it reaches the host's. Raises OSError."""
     _check(_libc.mount(b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_SLAVE), None), "mount /")
     _check(_libc.mount(b"proc", b"/proc", b"proc", ctypes.c_ulong(_MS_NOSUID_NODEV_NOEXEC), None), "mount /proc")
+
+
+def cover(directories: Iterable[str]) -> None:
+    """Let this process and its children see nothing in these, and others everything as before: a mount namespace of its own. An
+    ordinary user needs to be permitted user namespaces. Raises OSError."""
+    if os.getuid() != 0:
+        enter_user_namespace()
+    unshare(CLONE_NEWNS)
+    _check(_libc.mount(b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_SLAVE), None), "mount /")
+    for directory in directories:
+        empty = _libc.mount(b"none", os.fsencode(directory), b"tmpfs", ctypes.c_ulong(0), b"size=4k,mode=0500")
+        _check(empty, f"mount {directory}")
 
 
 def enter_user_namespace() -> None:

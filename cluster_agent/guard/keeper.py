@@ -272,6 +272,10 @@ def _become_workload(plan: Plan, pipes: Pipes, said: int, host_proc: int) -> Non
             signal.signal(number, signal.SIG_DFL)
         os.umask(0o022)
         host.prctl(host.PR_SET_NO_NEW_PRIVS, 1)
+        if (
+            pipes.control >= 0
+        ):  # a Python worker sees by its own children whether its task left a process (python_worker.py)
+            host.prctl(host.PR_SET_CHILD_SUBREAPER, 1)
         os.execve(plan.program, plan.argv, dict(plan.env))
     except BaseException as error:  # noqa: BLE001 - it has to reach the guard in words, whatever it was
         text = f"{error.strerror or error}" if isinstance(error, OSError) else repr(error)

@@ -20,7 +20,7 @@ import json
 import os
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -94,6 +94,12 @@ class Ledger:
         self._append([("start", {"k": key, "g": generation, "w": wall})])
         self.started_keys[key] = StartRecord(generation, wall)
 
+    def started_together(self, keys: Sequence[str], generation: int, wall: float) -> None:
+        """Before the first of them is handed over; one record for all, which is there whole or not at all."""
+        self._append([("starts", {"ks": keys, "g": generation, "w": wall})])
+        for key in keys:
+            self.started_keys[key] = StartRecord(generation, wall)
+
     def kept(self, key: str, pid: int, ticks: int) -> None:
         """Right after the spawn: who has to be dead before the key is called LOST."""
         self._append([("keeper", {"k": key, "p": pid, "t": ticks})])
@@ -109,10 +115,16 @@ class Ledger:
 
     def exited(self, key: str, wire: dict[str, Any]) -> None:
         """After the last process of the key is gone."""
-        generation = self.started_keys[key].generation
-        self._append_at_any_price([("exit", {"k": key, "g": generation, "e": wire})], durable=False)
-        del self.started_keys[key]
-        self.exits[key] = (generation, wire)
+        self.exited_together({key: wire})
+
+    def exited_together(self, wires: Mapping[str, dict[str, Any]]) -> None:
+        """After the last process of each key is gone."""
+        ended = [(key, self.started_keys[key].generation, wire) for key, wire in wires.items()]
+        records = [("exit", {"k": key, "g": generation, "e": wire}) for key, generation, wire in ended]
+        self._append_at_any_price(records, durable=False)
+        for key, generation, wire in ended:
+            del self.started_keys[key]
+            self.exits[key] = (generation, wire)
 
     def tombstone(self, keys: Iterable[str]) -> None:
         """Durable on return: none of these keys will ever be started."""
@@ -129,7 +141,8 @@ class Ledger:
     def forget(self, keys: Iterable[str]) -> None:
         """Shrink ended or tombstoned keys to digests; running ones are left alone."""
         known = [key for key in keys if key not in self.started_keys and (key in self.exits or key in self.tombstones)]
-        self._append_at_any_price([("forget", {"k": key}) for key in known], durable=False)
+        if known:
+            self._append_at_any_price([("forgets", {"ks": known})], durable=False)
         for key in known:
             self._forget_one(key)
         if len(self._recent) >= SEGMENT:
@@ -210,6 +223,9 @@ class Ledger:
                 self.started_keys[key] = StartRecord(body["g"], body["w"])
             case "keeper" if key in self.started_keys:
                 self.started_keys[key].keeper_pid, self.started_keys[key].keeper_ticks = body["p"], body["t"]
+            case "starts":
+                for each in body["ks"]:
+                    self.started_keys[each] = StartRecord(body["g"], body["w"])
             case "adopt" if key in self.started_keys:
                 self.started_keys[key].generation = body["g"]
             case "exit":
@@ -217,8 +233,11 @@ class Ledger:
                 self.exits[key] = (body["g"], body["e"])
             case "tomb":
                 self.tombstones[key] = None
-            case "forget":
+            case "forget":  # as guards before version 2 wrote it
                 self._forget_one(key)
+            case "forgets":
+                for each in body["ks"]:
+                    self._forget_one(each)
 
     def _rotate(self) -> None:
         """Archive the digests first, then replace the live file: a crash between the two only repeats digests."""
@@ -255,8 +274,12 @@ class Ledger:
             yield _line("tomb", {"k": key})
 
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+"""Made once: `json.dumps` with separators makes an encoder a call."""
+
+
 def _line(kind: str, body: dict[str, Any]) -> bytes:
-    text = f"{kind} {json.dumps(body, separators=(',', ':'))}".encode()
+    text = f"{kind} {_encode(body)}".encode()
     return b"%08x %s\n" % (crc32(text), text)
 
 

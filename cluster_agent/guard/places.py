@@ -1,6 +1,6 @@
 """The guard's directory: where each attempt works, writes and logs, and how long what it left stays.
 
-work/{key}/            private working directory; gone with `forget`
+work/{key}/            private working directory; gone with `forget`. What it makes lies in .baton-artifacts/ below it
 checkpoints/{run}.{task}/   survives attempts of the same task on this cluster; gone with the success of one
 logs/{key}.log         captured output; stays by retention
 trash/                 what is being deleted, by a child process, so that no big tree holds up the lease timers
@@ -21,7 +21,7 @@ from cluster_agent.executors.base import AttemptKey
 from cluster_agent.guard import host
 from cluster_agent.guard.meters import DiskMeter
 
-RESULT, INPUTS = ".baton-result", ".baton-inputs.json"
+RESULT, INPUTS, ARTIFACTS = ".baton-result", ".baton-inputs.json", ".baton-artifacts"
 """Inside the working directory; hidden, so that a workload that lists its directory finds it empty."""
 
 LOG_BYTES = 1 << 30
@@ -36,6 +36,11 @@ CHECKPOINT_SECONDS = 7 * 86_400.0
 capacity."""
 READ_BYTES = 1 << 20
 """One log read; larger would hold up the lease timers."""
+
+
+INLINE_BYTES = 32 << 10
+"""Inputs of a python call up to this size need no file: beside arguments and environment at their limits they fit the worker's
+pipe."""
 
 
 def checkpoint_name(key: AttemptKey) -> str:
@@ -71,15 +76,36 @@ class Places:
         """Make the attempt's directories; returns the environment that names them. Raises OSError."""
         work, checkpoint = self.work_of(key.text()), self.checkpoint_of(key)
         work.mkdir(mode=0o700)
+        (work / ARTIFACTS).mkdir(mode=0o700)
         checkpoint.mkdir(mode=0o700, exist_ok=True)
         os.utime(checkpoint)
         if inputs:
             (work / INPUTS).write_bytes(inputs)
+        return self.paths(key)
+
+    def paths(self, key: AttemptKey) -> dict[str, str]:
+        """The environment that names the attempt's directories, whether they are there or not."""
+        work = f"{self.work}/{key.text()}"
         return {
-            "BATON_RESULT": str(work / RESULT),
-            "BATON_INPUTS": str(work / INPUTS),
-            "BATON_CHECKPOINT_DIR": str(checkpoint),
+            "BATON_RESULT": f"{work}/{RESULT}",
+            "BATON_INPUTS": f"{work}/{INPUTS}",
+            "BATON_ARTIFACTS_DIR": f"{work}/{ARTIFACTS}",
+            "BATON_CHECKPOINT_DIR": f"{self.checkpoints}/{checkpoint_name(key)}",
         }
+
+    def leave_inputs(self, key: AttemptKey, inputs: bytes) -> None:
+        """Put the inputs where `paths` says, for a worker that makes its directories itself. Raises OSError."""
+        work = self.work_of(key.text())
+        work.mkdir(mode=0o700)
+        (work / INPUTS).write_bytes(inputs)
+
+    def inlined(self, inputs: bytes) -> bool:
+        """Whether they travel to a worker with the call, and it makes the file if somebody wants it."""
+        return len(inputs) <= INLINE_BYTES
+
+    def log_of(self, key: str) -> str:
+        """Where the attempt's output is captured."""
+        return f"{self.logs}/{key}.log"
 
     def work_of(self, key: str) -> Path:
         """The private working directory."""
@@ -140,6 +166,13 @@ class Places:
             kib = f"{limit // 1024} KiB" if limit % 1024 == 0 else f"{limit} bytes"
             return b"", f"the result has {size} bytes, over the limit of {kib} for inline results; write an artifact"
         return data, ""
+
+    def has_artifacts(self, key: str) -> bool:
+        """Whether the attempt left anything where its artifacts belong; the agent judges what it is."""
+        try:
+            return any(os.scandir(f"{self.work}/{key}/{ARTIFACTS}"))
+        except OSError:
+            return False
 
     def cap_log(self, key: str, cap: int, marker: bytes) -> None:
         """Cut a log that its writer, not a keeper, lets grow past `cap` bytes (0: no cap)."""

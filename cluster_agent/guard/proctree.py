@@ -64,31 +64,6 @@ def descendants(root: int, processes: dict[int, Process]) -> list[Process]:
     return found
 
 
-def childless(pid: int) -> bool | None:
-    """Whether no thread of the process has a child; None where the kernel does not tell (CONFIG_PROC_CHILDREN)."""
-    return _children(pid) == [] if _TELLS_CHILDREN else None
-
-
-def only_child(pid: int, child: int) -> bool | None:
-    """Whether `child` is the only child of the process; None as for `childless`."""
-    return _children(pid) == [child] if _TELLS_CHILDREN else None
-
-
-_TELLS_CHILDREN = os.path.exists("/proc/thread-self/children")
-
-
-def _children(pid: int) -> list[int]:
-    """Children of all threads; none when the process is gone."""
-    found: list[int] = []
-    try:
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{thread}/children", "rb") as children:
-                found.extend(int(child) for child in children.read().split())
-    except OSError:
-        return []
-    return found
-
-
 def alive(pid: int, start_ticks: int) -> bool:
     """Whether the very process that was recorded still runs."""
     process = read(pid)

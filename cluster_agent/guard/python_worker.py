@@ -58,6 +58,8 @@ def _beside(name: str) -> Any:
 
 environment = _beside("python_environment")
 Unprepared = environment.Unprepared
+lazy = _beside("python_lazy")
+LAZY = lazy.LAZY
 
 
 class Unfit(Exception):
@@ -84,7 +86,7 @@ class Worker:
         """What `_env` made of `os.environ`: what differs from it is what a task did."""
         self._log = self._directory = ""
         """Those of the last task, if it left them empty."""
-        os.environ.__class__ = LazyEnviron
+        os.environ.__class__ = lazy.LazyEnviron
 
     def serve(self, head: dict[str, Any], text: bytes) -> tuple[bytes, bool]:
         """Call the function of one task; returns the answer, and whether this process is fit for another task."""
@@ -93,7 +95,7 @@ class Worker:
         args, inputs = text[: head["args"]], text[head["args"] :]
         try:
             self._enter(head, inputs)
-            result = self._call(head, args, inputs, answer)
+            result = self._call(head, args, inputs)
         except Unprepared as error:
             answer.update(fault="spawn", message=str(error)[:MESSAGE_CHARS])
         except Unfit as error:
@@ -110,8 +112,8 @@ class Worker:
     def _enter(self, head: dict[str, Any], inputs: bytes) -> None:
         """Be where the task belongs: its log, its environment, its own directory. Raises Unprepared."""
         try:
-            _renamed_or(_open_log, self._log, head["log"])
-            _renamed_or(_make_directory, self._directory, head["directory"])
+            lazy.renamed_or(lazy.open_log, self._log, head["log"])
+            lazy.renamed_or(lazy.make_directory, self._directory, head["directory"])
             os.chdir(head["directory"])
         except OSError as error:
             raise Unprepared(f"the executor's disk refused its directories: {error.strerror}") from None
@@ -128,10 +130,10 @@ class Worker:
                 if self._env.get(name) != value:
                     os.environ[name] = value
         self._env, self._environ = env, dict(os.environ._data)  # type: ignore[attr-defined]  # noqa: SLF001 - as above
-        LAZY["BATON_CHECKPOINT_DIR"] = lambda: _make_directory(head["checkpoint"])
-        LAZY["BATON_ARTIFACTS_DIR"] = lambda: _make_directory(head["artifacts"])
+        LAZY["BATON_CHECKPOINT_DIR"] = lambda: lazy.make_directory(head["checkpoint"])
+        LAZY["BATON_ARTIFACTS_DIR"] = lambda: lazy.make_directory(head["artifacts"])
         if inputs:
-            LAZY["BATON_INPUTS"] = lambda: _write(head["inputs"], inputs)
+            LAZY["BATON_INPUTS"] = lambda: lazy.write(head["inputs"], inputs)
 
     def _leave(self, head: dict[str, Any], answer: dict[str, Any]) -> None:
         """Be nowhere. `left`: something is in its directories; `log`: bytes of its log."""
@@ -156,7 +158,7 @@ class Worker:
         if not empty and _holds(head["artifacts"]):
             answer["made"] = True
 
-    def _call(self, head: dict[str, Any], args: bytes, inputs: bytes, answer: dict[str, Any]) -> bytes:
+    def _call(self, head: dict[str, Any], args: bytes, inputs: bytes) -> bytes:
         positional, named = arguments(args, inputs, head["inputs"], head["env"].get("BATON_INPUT_DIR", ""))
         value = self._function(head["function"])(*positional, **named)
         if hasattr(value, "__await__"):
@@ -219,57 +221,6 @@ class Worker:
 HANDLERS = ((int(signal.SIGTERM), int(signal.SIG_DFL)), (int(signal.SIGINT), signal.default_int_handler))
 """As `_signal` knows them: its wrapper `signal` makes an enumeration's member of each answer."""
 
-LAZY: dict[str, Any] = {}
-"""What is to be made before somebody uses the path in this variable of the environment."""
-
-
-def make_lazy(names: Any) -> None:
-    """Make those."""
-    for name in names:
-        make = LAZY.pop(name, None)
-        if make is not None:
-            make()
-
-
-class LazyEnviron(type(os.environ)):  # type: ignore[misc]
-    """`os.environ`, whose paths are there once they were looked up."""
-
-    def __getitem__(self, name: str) -> str:
-        if name in LAZY:
-            make_lazy([name])
-        return str(super().__getitem__(name))
-
-
-def _before_children(event: str, _args: object) -> None:
-    """An audit hook: a child inherits the environment without a look at it."""
-    if LAZY and event in ("subprocess.Popen", "os.system", "os.fork", "os.exec", "os.posix_spawn"):
-        make_lazy(list(LAZY))
-
-
-def _renamed_or(make: Any, old: str, new: str) -> None:
-    """Rename, or make it if there is nothing to rename or something in the way. Raises OSError."""
-    if old:
-        try:
-            os.rename(old, new)
-            return
-        except OSError:
-            pass
-    make(new)
-
-
-def _open_log(path: str) -> None:
-    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-
-
-def _make_directory(path: str) -> None:
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:  # with the inputs, or with the checkpoint of an earlier attempt
-        os.utime(path)
-
 
 def _holds(directory: str) -> bool:
     """Whether it has something in it; an empty one goes."""
@@ -293,17 +244,12 @@ def _leave_result(directory: str, result: bytes) -> None:
         )
         raise Unfit("result", words)
     try:
-        _write(path, result)
+        lazy.write(path, result)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         words = f"no room for a result of {len(result)} bytes on the cluster's disk, at {directory}: free some there"
         raise Unfit("carriage", words) from None
-
-
-def _write(path: str, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
 
 
 def _has_children() -> bool:
@@ -403,7 +349,7 @@ def _prepare_for_first(plan: dict[str, Any]) -> str:
     kept = os.dup(1), os.dup(2)
     failure = ""
     try:
-        _open_log(json.loads(data.partition(b"\n")[0])["log"])
+        lazy.open_log(json.loads(data.partition(b"\n")[0])["log"])
         environment.prepare(plan, CONTROL.fileno(), __file__)
     except Unprepared as error:
         failure = str(error)
@@ -425,7 +371,7 @@ def main() -> None:
     answers = socket.socket(fileno=plan["answers"])
     answers.set_inheritable(False)
     worker = Worker()
-    sys.addaudithook(_before_children)
+    sys.addaudithook(lazy.before_children)
     ready, fit = not plan["requirements"], True
     while fit:
         data = CONTROL.recv(MAX_MESSAGE)

@@ -1,11 +1,16 @@
-"""Warm Python workers as the guard holds them: spawned as workloads, lent to one attempt at a time.
+"""Warm Python workers as the guard holds them: spawned as workloads, each with a line of calls that it serves one by one.
 
 Theory: a worker *is* a workload (keeper, cgroup, PID namespace, pidfd), so whatever ends a workload ends it, with the same
-proof of death (G1, G4). Lending it to an attempt means that the workload bears the attempt's request from then on, and
-the attempt's timers act on it. A worker serves one environment: tenant, requirements, code and limits. When a task is over
-the worker goes back to the idle ones only if nothing of the task is left: no process beside the worker itself, no
-thread, no order to end. Else it is killed, and the attempt's end is told when it is dead (contract 7: a workload leaves
-nothing behind). A worker that dies costs the one attempt it was lent to. There is no prefetch, so G5 has nothing to say.
+proof of death (G1, G4). The call at the head of its line is what it runs: the workload bears that call's request, and the call's
+timers act on it. A worker serves one environment: tenant, requirements, code and limits. When a call is over the next in
+line is the head; a worker that has none rests, if nothing of the call is left: no process beside the worker itself, no thread,
+no order to end. Else it is killed, and the attempt's end is told when it is dead (contract 7: a workload leaves nothing behind).
+
+**Prefetch and recall (G5).** At most `slots` calls of one environment run at once; what is more waits, first here and then in the
+pipes of busy workers, so that a worker goes on without asking. A pipe is a SEQPACKET socket, and the guard keeps a copy of the
+end that the worker reads. To recall is to receive there: the kernel gives a message to one receiver only, so a call that came back
+was never begun and may go to another worker, and this also of a worker that hangs, is stopped or is dead. A call
+that did not come back was begun. Either way nobody has to be believed. A worker that dies or hangs costs the one attempt at its head.
 
 python/venvs/{hash}/   one virtual environment per set of requirements, made by the worker that needs it first
 python/code/{sha256}.zip, python/code/{sha256}/   packed code, and unpacked
@@ -13,23 +18,26 @@ python/code/{sha256}.zip, python/code/{sha256}/   packed code, and unpacked
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import os
 import signal
 import socket
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from cluster_agent.executors.base import AttemptKey, Cause, Exited, Limits, Phase, PythonCall, StartRequest
-from cluster_agent.executors.wording import signal_name
+from cluster_agent.executors.base import AttemptKey, Phase, PythonCall, StartRequest
 from cluster_agent.guard import host, proctree
+from cluster_agent.guard.answers import MAX_ANSWER, Answer, read_answer
+from cluster_agent.guard.calls import Call, Kind, Pool, Worker
+from cluster_agent.guard.codes import Codes
 from cluster_agent.guard.keeper import dropped_marker
 from cluster_agent.guard.places import Places
 from cluster_agent.guard.protocol import for_pip
-from cluster_agent.guard.workload import Spawner, Workload, bury_keeper
+from cluster_agent.guard.workload import Spawner, Workload
 
 SCRIPT = Path(__file__).with_name("python_worker.py")
 
@@ -43,120 +51,138 @@ HANG_UP_SECONDS = 1.0
 """From the end of a worker's socket to its own end. Killed sooner, its exit code would be lost with its keeper; later, a
 function that closed all descriptors would hold its attempt for ever."""
 
-CODE_SECONDS = 86_400.0
-"""Unused packed code stays for a day; the agent sends it again every hour (executors.process.CODE_SECONDS)."""
+STALL_SECONDS = 0.1
+"""A call that runs this long keeps no others behind it: they are recalled and go to whoever is free. The agent prefetches a
+few milliseconds of work; smaller would recall at every hiccup of the host, larger holds up work that could run."""
 
-MAX_ANSWER = 1 << 20
-"""Bytes of an answer: head and result. The worker holds results to the attempt's limit; this is only our buffer."""
+DEEP = 12
+"""Calls in line that keep a worker busy for a millisecond, at 0.1 ms for the shortest. Fewer: it would run dry while answers
+gather."""
 
-Kind = tuple[str, tuple[str, ...], str, Limits]
+LINE = 64
+"""Calls in one pipe. The agent's allowance is what counts (core/lanes.py); this only keeps the socket's buffer (about 200 KiB,
+some 250 small messages) from filling."""
 
+MAX_WAITING = 4096
+"""Calls that wait here, of all environments. The agent prefetches a hundred; a peer that sends without end meets this bound."""
 
-@dataclass(slots=True)
-class Worker:
-    """One worker process. `workload` bears the request of the attempt it is lent to, or was lent to last."""
+MAX_MESSAGE = 190_000
+"""Bytes of one call: what fits into the socket's default buffer. Arguments and environment may have 64 and 32 KiB."""
 
-    kind: Kind
-    name: str
-    workload: Workload
-    control: socket.socket
-    keeper_ticks: int
-    busy: bool = True
-    idle_since: float = 0.0
-    answer: Answer | None = None
-    """How its attempt ended, told only when the worker is dead."""
-    hung_up: float | None = None
-    """When its socket ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A message of a worker: `head` as python_worker writes it."""
-
-    head: dict[str, Any]
-    result: bytes
-
-    @property
-    def ready(self) -> bool:
-        """Not an end: the environment is made, the function is about to be called."""
-        return "ready" in self.head
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Pythons:
-    """All workers of one guard."""
+    """All workers of one guard, and all calls that are not over."""
 
     def __init__(self, directory: Path, spawner: Spawner, places: Places) -> None:
         self._directory = directory / "python"
         self._spawner, self._places = spawner, places
-        (self._directory / "code").mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.codes = Codes(self._directory, places)
+        self.calls: dict[str, Call] = {}
+        """By their keys."""
+        self._pools: dict[Kind, Pool] = {}
+        self._dirty: dict[Pool, None] = {}
+        """Pools that may have calls to deal out."""
         self._workers: dict[int, Worker] = {}
         """By the pid of their keepers."""
         self._made = 0
 
-    # --- code ------------------------------------------------------------------------------------------------------
-
-    def keep_code(self, sha256: str, data: bytes) -> None:
-        """Store packed code under its hash, whole or not at all. Raises OSError."""
-        path = self._code(sha256)
-        if path.exists():
-            os.utime(path)
-            return
-        draft = path.with_suffix(".draft")
-        draft.write_bytes(data)
-        draft.rename(path)
+    # --- calls in ----------------------------------------------------------------------------------------------------
 
     def refusal(self, request: StartRequest) -> str | None:
         """What a start lacks, of either kind; None when it is complete."""
         call = request.python
         if call is None:
             return None if request.argv and request.argv[0] else "argv is empty"
-        if call.code and not self._code(call.code).exists():
+        if call.code and not self.codes.has(call.code):
             return f"its code {call.code[:12]} did not arrive"
+        if len(self.calls) >= MAX_WAITING:
+            return f"the guard holds {MAX_WAITING} calls, its limit"
         return None
 
-    def sweep(self) -> None:
-        """Every minute: packed code nobody used for long goes."""
-        used = {worker.kind[2] for worker in self._workers.values()}
-        for entry in os.scandir(self._directory / "code"):
-            sha256 = entry.name.partition(".")[0]
-            if sha256 not in used and host.wall() - entry.stat().st_mtime > CODE_SECONDS:
-                self._places.throw_away(Path(entry.path))  # an archive, its folder, or a draft of it
+    def admit(self, request: StartRequest, python: PythonCall) -> Call:
+        """Take a call; `deal` gives it to a worker. Raises OSError when it can never be given to one."""
+        limits = request.limits
+        kind = (python.tenant, python.requirements, python.code, replace(limits, output_bytes=0, result_bytes=0))
+        pool = self._pools.get(kind)
+        if pool is None:
+            pool = self._pools[kind] = Pool(kind)
+        name = request.key.text()
+        call = Call(request, python, pool, name, self._message(name, request, python))
+        pool.slots = request.slots or max(pool.slots, pool.busy + len(pool.waiting) + 1)
+        pool.waiting.append(call)
+        self.calls[name] = call
+        self._dirty[pool] = None
+        return call
 
-    def _code(self, sha256: str) -> Path:
-        return self._directory / "code" / f"{sha256}.zip"
+    def widen(self, name: str, slots: int) -> None:
+        """So many calls may run at once in this one's environment."""
+        call = self.calls.get(name)
+        if call is not None:
+            call.pool.slots = slots
+            self._dirty[call.pool] = None
 
-    # --- lending ---------------------------------------------------------------------------------------------------
+    def deal(self, now: float) -> tuple[list[Call], list[tuple[Call, OSError]]]:
+        """Give waiting calls to workers; which of them began, and which could not be given to any."""
+        begun: list[Call] = []
+        failed: list[tuple[Call, OSError]] = []
+        dirty, self._dirty = self._dirty, {}
+        for pool in dirty:
+            while pool.waiting and pool.busy < pool.slots:
+                call = pool.waiting.popleft()
+                try:
+                    worker = self._idle(pool) or self._spawn(pool, call)
+                except OSError as error:
+                    del self.calls[call.name]
+                    failed.append((call, error))
+                    continue
+                self._put(worker, call)
+                self.take_up(worker, now)
+                begun.append(call)
+            self._prefetch(pool, now)
+            if not pool.waiting and not pool.workers:
+                self._pools.pop(pool.kind, None)
+        return begun, failed
 
-    def lend(self, request: StartRequest, call: PythonCall, paths: dict[str, str]) -> Worker:
-        """Give the attempt to an idle worker of its environment, or to a new one. Raises OSError; then nothing has it."""
-        kind = (call.tenant, call.requirements, call.code, replace(request.limits, output_bytes=0, result_bytes=0))
-        worker = self._idle(kind)
-        if worker is not None:
+    def _prefetch(self, pool: Pool, now: float) -> None:
+        """Put what waits into the pipes of busy workers, evenly; first come, first served within each."""
+        while pool.waiting:
+            open_lines = [
+                worker
+                for worker in pool.workers
+                if 0 < len(worker.line) < LINE
+                and worker.warm
+                and worker.fit
+                and now - worker.head_since < STALL_SECONDS
+            ]
+            if not open_lines:
+                return
+            worker = min(open_lines, key=lambda each: len(each.line))
             try:
-                self._hand_over(worker, request, call, paths)
-            except OSError:  # it died a moment ago; its death is about to be seen
-                self.kill(worker)
-            else:
-                return worker
-        worker = self._spawn(kind, request, call)
-        try:
-            self._hand_over(worker, request, call, paths)
-        except OSError:
-            workload = worker.workload
-            bury_keeper(workload.keeper_pid)  # nobody watches it yet
-            self.bury(worker)
-            workload.close()
-            if workload.group is not None:
-                workload.group.remove()
-            raise
-        return worker
+                self._put(worker, pool.waiting[0])
+            except BlockingIOError:  # large ones; the next answer makes room
+                return
+            pool.waiting.popleft()
 
-    def of(self, workload: Workload) -> Worker | None:
-        """The worker that this workload is; None for a process task's."""
-        return self._workers.get(workload.keeper_pid)
+    def _put(self, worker: Worker, call: Call) -> None:
+        """Into its pipe. The guard holds both ends, so it cannot break. Raises BlockingIOError when it is full."""
+        worker.pipe.send(call.message)
+        worker.line.append(call)
+        call.worker = worker
+
+    def take_up(self, worker: Worker, now: float) -> None:
+        """The head of its line is a new one."""
+        request, workload = worker.line[0].request, worker.workload
+        workload.request, workload.start_wall = request, host.wall()
+        workload.meter = self._places.meter(request.key) if request.limits.disk_bytes else None
+        workload.owed_term, workload.breach = False, ""
+        worker.answer, worker.head_since = None, now
+
+    # --- calls out ---------------------------------------------------------------------------------------------------
 
     def receive(self, worker: Worker) -> Answer | None:
-        """What it said; None if nothing (yet), or nothing about its present task. See `hung_up`."""
+        """What it said; None if nothing (yet), or nothing about its present call. See `hung_up`."""
         try:
             data = worker.control.recv(MAX_ANSWER)
         except BlockingIOError:
@@ -166,38 +192,67 @@ class Pythons:
         if not data:
             worker.hung_up = worker.hung_up or host.boot()
             return None
-        try:
-            head, _, result = data.partition(b"\n")
-            answer = Answer(json.loads(head), result)
-        except ValueError:
-            nonsense = {"key": worker.workload.name, "fault": "raised", "soiled": True}
-            answer = Answer({**nonsense, "message": "something else than the worker wrote to its guard"}, b"")
-        key = answer.head.get("key") or answer.head.get("ready")
-        return answer if worker.busy and key == worker.workload.name else None
+        answer = read_answer(data, worker.workload.name)
+        return answer if worker.line and answer.key == worker.line[0].name else None
 
-    def clean(self, worker: Worker, answer: Answer) -> bool:
-        """Whether nothing of its task is left but the worker itself."""
-        workload = worker.workload
-        if answer.head.get("soiled") or (workload.group is not None and workload.group.breach()):
-            return False
-        alone = proctree.childless(workload.pid) and proctree.only_child(workload.keeper_pid, workload.pid)
-        if alone is None:
-            below = proctree.descendants(workload.keeper_pid, proctree.everything())
-            return [process.pid for process in below] == [workload.pid]
-        return alone
+    def over(self, worker: Worker, now: float, *, bare: bool) -> Call | None:
+        """The call at the head is over; the next one, which has begun, if there is one. `bare`: it left nothing."""
+        call = worker.line.popleft()
+        worker.bare = call.name if bare else ""
+        del self.calls[call.name]
+        worker.warm = True
+        self._dirty[call.pool] = None
+        if worker.line:
+            self.take_up(worker, now)
+            return worker.line[0]
+        self.rest(worker, now)
+        return None
 
     def rest(self, worker: Worker, now: float) -> None:
-        """Its task is over and left nothing: it waits for the next one."""
-        worker.busy, worker.idle_since = False, now
+        """Its line is empty."""
+        worker.idle_since = now
         worker.workload.meter = None
-        idle = [each for each in self._workers.values() if not each.busy]
+        if worker.retired:
+            self.kill(worker)
+
+    def trim(self) -> None:
+        """More workers idle than are kept: the oldest end."""
+        idle = [each for each in self._workers.values() if not each.line and each.fit]
         for oldest in sorted(idle, key=lambda each: each.idle_since)[: max(0, len(idle) - MAX_IDLE)]:
             self.kill(oldest)
 
+    def recall(self, worker: Worker) -> None:
+        """Take back what it did not receive; it waits here again, before what came later. What is left in its line it has
+        received, and nothing else can follow: the caller must look whether the head is still the same (`Lines`)."""
+        held = {call.name: call for call in worker.line}
+        back = [held[name] for name in _unread(worker.unread) if name in held]
+        for call in reversed(back):
+            worker.line.remove(call)
+            call.worker = None
+            call.pool.waiting.appendleft(call)
+        if back:
+            self._dirty[worker.pool] = None
+
+    def withdraw(self, call: Call) -> None:
+        """It waits here, and shall not run."""
+        call.pool.waiting.remove(call)
+        del self.calls[call.name]
+
+    def lose(self, call: Call) -> None:
+        """It was in the line of a worker that is dead."""
+        self.calls.pop(call.name, None)
+        if call.worker is not None and call in call.worker.line:
+            call.worker.line.remove(call)
+        self._dirty[call.pool] = None
+
+    # --- workers -----------------------------------------------------------------------------------------------------
+
+    def of(self, workload: Workload) -> Worker | None:
+        """The worker that this workload is; None for a process task's."""
+        return self._workers.get(workload.keeper_pid)
+
     def kill(self, worker: Worker) -> None:
         """End it and all below it; its death is seen at its pidfd."""
-        if not worker.busy:
-            worker.idle_since = float("inf")  # never lent again, never expired twice
         worker.workload.phase = Phase.STOPPING
         namespace = self._spawner.isolation.namespace
         worker.workload.signal_keeper(signal.SIGKILL if namespace else signal.SIGUSR2)
@@ -205,24 +260,43 @@ class Pythons:
     def dismiss(self, before: float) -> None:
         """End the workers that are idle since before that time."""
         for worker in self._workers.values():
-            if not worker.busy and worker.idle_since < before:
+            if not worker.line and worker.fit and worker.idle_since < before:
                 self.kill(worker)
 
     def bury(self, worker: Worker) -> None:
-        """It is dead: forget it. Closes its socket, which the caller has stopped watching."""
+        """It is dead: forget it. Closes its sockets; the caller has stopped watching the one for answers."""
         del self._workers[worker.workload.keeper_pid]
-        worker.control.close()
-        self._places.discard(worker.name)
-        self._places.drop_log(worker.name)
+        worker.pool.workers.remove(worker)
+        self._dirty[worker.pool] = None
+        for each in (worker.control, worker.pipe, worker.unread):
+            each.close()
+        for name in (worker.name, worker.bare):  # its own, and what its last call left it empty
+            if name:
+                self._places.discard(name)
+                self._places.drop_log(name)
+
+    def stalled(self, now: float) -> list[Worker]:
+        """Workers whose head takes long, and which have others in line."""
+        return [
+            worker
+            for worker in self._workers.values()
+            if len(worker.line) > 1 and (worker.hung_up is not None or now - worker.head_since > STALL_SECONDS)
+        ]
 
     def tick(self, now: float) -> None:
-        """Every 150 ms: logs kept to their caps (a worker writes into its attempt's log by itself), idle ones end."""
+        """Every 150 ms: logs kept to their caps (a worker writes into its attempt's log by itself), lines kept moving, idle
+        workers ended."""
         for worker in self._workers.values():
-            if worker.busy:
+            if worker.line:
                 self.cap_log(worker.workload.request)
             if worker.hung_up is not None and now - worker.hung_up > HANG_UP_SECONDS:
                 self.kill(worker)
         self.dismiss(now - IDLE_SECONDS)
+        self._dirty.update((pool, None) for pool in self._pools.values() if pool.waiting)
+
+    def sweep(self) -> None:
+        """Every minute: packed code nobody used for long goes."""
+        self.codes.sweep({worker.pool.kind[2] for worker in self._workers.values()})
 
     def cap_log(self, request: StartRequest) -> None:
         """Cut the attempt's log to its cap."""
@@ -233,109 +307,85 @@ class Pythons:
     def extra_load(self) -> int:
         """What workers hold beyond the live workloads, in workloads' worth of descriptors: the idle ones, and sockets."""
         count = len(self._workers)
-        return sum(not worker.busy for worker in self._workers.values()) + (count + 3) // 4
+        return sum(not worker.line for worker in self._workers.values()) + (3 * count + 3) // 4
+
+    @property
+    def deep(self) -> bool:
+        """Calls run, and each of their workers has more of them than it ends in a millisecond."""
+        lines = [len(worker.line) for worker in self._workers.values() if worker.line]
+        return bool(lines) and min(lines) >= DEEP
 
     @property
     def keepers(self) -> set[int]:
         """Pids of all keepers."""
         return set(self._workers)
 
-    # --- inside ----------------------------------------------------------------------------------------------------
+    # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _idle(self, kind: Kind) -> Worker | None:
+    def _idle(self, pool: Pool) -> Worker | None:
         """The idle worker used last: its caches are warm, and the others may expire."""
-        fit = [
-            worker
-            for worker in self._workers.values()
-            if not worker.busy and worker.kind == kind and worker.workload.phase is Phase.RUNNING
-        ]
-        return max(fit, key=lambda worker: worker.idle_since, default=None)
+        fit = [each for each in pool.workers if not each.line and each.fit and each.workload.phase is Phase.RUNNING]
+        return max(fit, key=lambda each: each.idle_since, default=None)
 
-    def _hand_over(self, worker: Worker, request: StartRequest, call: PythonCall, paths: dict[str, str]) -> None:
-        """Send the task; its log goes with it. Raises OSError."""
-        key, workload = request.key.text(), worker.workload
+    def _message(self, name: str, request: StartRequest, python: PythonCall) -> bytes:
+        """The call as the worker gets it. Raises OSError when it is too long for a pipe."""
+        paths, args = self._places.paths(request.key), python.args_json.encode()
         head = {
-            "key": key,
-            "function": call.function,
+            "key": name,
+            "function": python.function,
             "env": {**request.env, **paths},
             "inputs": paths["BATON_INPUTS"],
-            "directory": str(self._places.work_of(key)),
+            "directory": f"{self._places.work}/{name}",
+            "checkpoint": paths["BATON_CHECKPOINT_DIR"],
+            "artifacts": paths["BATON_ARTIFACTS_DIR"],
+            "log": self._places.log_of(name),
             "result_bytes": request.limits.result_bytes,
+            "args": len(args),
         }
-        log = self._places.open_log(key)
-        try:
-            message = json.dumps(head).encode() + b"\n" + call.args_json.encode()
-            socket.send_fds(worker.control, [message], [log])
-        finally:
-            os.close(log)
-        workload.request, workload.start_wall = request, host.wall()
-        workload.meter = self._places.meter(request.key) if request.limits.disk_bytes else None
-        workload.confirm_stop, workload.owed_term, workload.breach = False, False, ""
-        worker.busy, worker.answer = True, None
+        message = b"%b\n%b%b" % (
+            _encode(head).encode(),
+            args,
+            request.inputs if self._places.inlined(request.inputs) else b"",
+        )
+        if len(message) > MAX_MESSAGE:
+            words = f"arguments and environment have {len(message)} bytes together, over the limit of {MAX_MESSAGE}"
+            raise OSError(errno.EMSGSIZE, words)
+        return message
 
-    def _spawn(self, kind: Kind, request: StartRequest, call: PythonCall) -> Worker:
+    def _spawn(self, pool: Pool, call: Call) -> Worker:
+        """A new worker, which will find the call in its pipe. Raises OSError, and then nothing runs."""
         key = AttemptKey("worker", self._made, 0, str(os.getpid()))
         self._made += 1
-        name = key.text()
-        plan = {
-            "code": str(self._code(call.code)) if call.code else "",
-            "code_dir": str(self._directory / "code" / call.code) if call.code else "",
-            "requirements": list(call.requirements),
-            "venvs": str(self._directory / "venvs"),
-            "venv": str(self._directory / "venvs" / _environment_name(call.requirements)),
-            "packages": str(Path(__file__).resolve().parents[2]),
-        }
-        env = {**for_pip(os.environ), "PATH": request.env.get("PATH", os.defpath)}
-        argv = (sys.executable, "-I", "-u", str(SCRIPT), json.dumps(plan))
-        own = replace(request, key=key, argv=argv, env=env, inputs=b"")
+        name, python = key.text(), call.python
+        env = {**for_pip(os.environ), "PATH": call.request.env.get("PATH", os.defpath)}
+        argv = (sys.executable, "-I", "-u", str(SCRIPT), _encode(self.codes.plan(python)))
+        own = replace(call.request, key=key, argv=argv, env=env, inputs=b"")
         self._places.work_of(name).mkdir(mode=0o700)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pipe, unread = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            workload = self._spawner.spawn(own, {}, sys.executable, theirs.fileno())
+            socket.send_fds(pipe, [b"h"], [theirs.fileno()])
+            workload = self._spawner.spawn(own, {}, sys.executable, unread.fileno())
         except BaseException:
-            ours.close()
+            for each in (pipe, unread, control):
+                each.close()
             self._places.discard(name)
             raise
         finally:
             theirs.close()
-        ours.setblocking(False)
+        pipe.setblocking(False)
+        control.setblocking(False)
         process = proctree.read(workload.keeper_pid)
         ticks = process.start_ticks if process is not None else 0
-        worker = self._workers[workload.keeper_pid] = Worker(kind, name, workload, ours, ticks)
+        worker = Worker(pool, name, workload, pipe, unread, control, ticks)
+        self._workers[workload.keeper_pid] = worker
+        pool.workers.append(worker)
         return worker
 
 
-def _environment_name(requirements: tuple[str, ...]) -> str:
-    """The folder of a set of requirements under this interpreter."""
-    words = "\n".join((sys.version, *sorted(requirements)))
-    return hashlib.sha256(words.encode()).hexdigest()[:32]
-
-
-def ended(workload: Workload, answer: Answer, *, late: bool) -> Exited:
-    """How an attempt ended whose worker answered."""
-    fault, message = answer.head.get("fault", ""), str(answer.head.get("message", ""))
-    cause, code = {"": (Cause.EXIT, 0), "raised": (Cause.EXIT, 1), "result": (Cause.RESULT, None)}.get(
-        fault, (Cause.SPAWN, None)
-    )
-    return Exited(
-        workload.request.key,
-        cause,
-        code,
-        None,
-        workload.start_wall,
-        host.wall(),
-        answer.result if not fault else b"",
-        message,
-        late,
-    )
-
-
-def died(exited: Exited) -> Exited:
-    """How an attempt ended whose worker died without an answer; `exited` is what its process's end says."""
-    if exited.cause is Cause.SPAWN:
-        return replace(exited, message=f"no Python worker could be started: {exited.message}")
-    if exited.cause is not Cause.EXIT:
-        return exited
-    how = f"exit code {exited.exit_code}" if exited.signal is None else signal_name(exited.signal)
-    message = exited.message or f"the worker process ended in mid-task, by {how}"
-    return replace(exited, cause=Cause.RESULT if exited.exit_code == 0 else Cause.EXIT, result=b"", message=message)
+def _unread(pipe: socket.socket) -> Iterator[str]:
+    """Take all messages out of a pipe; which calls they were. A living worker may take one, too, at any moment."""
+    with suppress(BlockingIOError):
+        while True:
+            head, _, _ = pipe.recv(MAX_MESSAGE, socket.MSG_DONTWAIT).partition(b"\n")
+            yield str(json.loads(head)["key"])

@@ -58,8 +58,8 @@ timers and a new agent."""
 
 
 GATHER_SECONDS = 0.001
-"""While every worker has its next calls in its pipe (lines.DEEP), answers may gather for so long: to be woken for each costs more than the
-call. Smaller: more turns; larger: workers run dry, and orders come later."""
+"""While every worker has its next calls in its pipe (pythons.DEEP), answers may gather for so long: to be woken for each costs more
+than the call. Smaller: more turns; larger: workers run dry, and orders come later."""
 
 
 class Server:
@@ -122,9 +122,8 @@ class Server:
         if self._requests:
             return 0.0
         now = host.boot()
-        at = self._ticked + TICK_SECONDS
-        wakeup = self.guard.next_wakeup()
-        return max(0.0, (at if wakeup is None else min(at, wakeup)) - now)
+        times = (self._ticked + TICK_SECONDS, self.guard.next_wakeup(), self.guard.next_telling())
+        return max(0.0, min(at for at in times if at is not None) - now)
 
     def _breathe(self) -> float:
         """Read the clock and do what it orders; returns the time. First thing after each pause, and between

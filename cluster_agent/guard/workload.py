@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from cluster_agent.executors.base import Cause, Exited, Limits, Phase, StartRequ
 from cluster_agent.guard import host, keeper, proctree
 from cluster_agent.guard.cgroups import Group, Groups
 from cluster_agent.guard.isolation import Isolation
-from cluster_agent.guard.meters import DiskMeter
+from cluster_agent.guard.meters import DiskMeter, tree_breach
 from cluster_agent.guard.places import Places
 
 RLIMIT_SLACK = 2
@@ -44,7 +44,6 @@ class Workload:
     phase: Phase = Phase.STARTING
     owed_term: bool = False
     """A TERM was ordered before there was a process to get it."""
-    confirm_stop: bool = False
     breach: str = ""
     failure: str = ""
     wait_status: int | None = None
@@ -187,7 +186,7 @@ def outcome(workload: Workload, reason: Reason | None, late: bool, places: Place
     status = workload.wait_status
     code = os.waitstatus_to_exitcode(status) if status is not None else -signal.SIGKILL
     exit_code, number = (code, None) if code >= 0 else (None, -code)
-    cause, message, result = Cause.EXIT, "", b""
+    cause, message, result, files_of = Cause.EXIT, "", b"", ""
     if workload.failure:
         cause, message, exit_code, number = Cause.SPAWN, workload.failure, None, None
     elif reason is not None:
@@ -200,6 +199,8 @@ def outcome(workload: Workload, reason: Reason | None, late: bool, places: Place
     else:
         result, message = places.read_result(workload.name, workload.request.limits.result_bytes)
         cause = Cause.RESULT if message else Cause.EXIT
+        if cause is Cause.EXIT and places.has_artifacts(workload.name):
+            files_of = run_of(workload.request)
     return Exited(
         key=workload.request.key,
         cause=cause,
@@ -210,7 +211,13 @@ def outcome(workload: Workload, reason: Reason | None, late: bool, places: Place
         result=result,
         message=message,
         late=late,
+        files_of=files_of,
     )
+
+
+def run_of(request: StartRequest) -> str:
+    """Name of the attempt's run, as its workload knows it."""
+    return request.env.get("BATON_RUN", "")
 
 
 def _breach(workload: Workload, number: int | None) -> str:
@@ -224,6 +231,20 @@ def _breach(workload: Workload, number: int | None) -> str:
         if used >= limits.disk_bytes:
             return f"failed with {used} bytes of disk in use, at its disk limit of {limits.disk_bytes} bytes"
     return workload.group.breach() if workload.group is not None else ""
+
+
+def breaches(workloads: Sequence[Workload], found: tuple[str, ...]) -> Iterator[tuple[Workload, str]]:
+    """Those over limits that the kernel does not hold for us, and which, in words. `found`: controllers that work here."""
+    polled = [workload for workload in workloads if needs_tree_polling(workload.request.limits, found)]
+    processes = proctree.everything() if polled else {}
+    for workload in polled:
+        breach = tree_breach(workload.request.limits, workload.keeper_pid, processes)
+        if breach:
+            yield workload, breach
+    for workload in workloads:
+        limit = workload.request.limits.disk_bytes
+        if workload.meter is not None and workload.meter.step() > limit:
+            yield workload, f"it uses {workload.meter.used_bytes} bytes of disk, over its limit of {limit} bytes"
 
 
 def needs_tree_polling(limits: Limits, found: tuple[str, ...]) -> bool:

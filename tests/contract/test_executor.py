@@ -30,6 +30,7 @@ from cluster_agent.executors.base import (
     Stopped,
 )
 from cluster_agent.executors.fake import FakeExecutor, FakeHost
+from tests.contract.carrying_world import CarryingWorld
 from tests.contract.executor_worlds import ExecutorWorld, FakeWorld, ProcessWorld
 
 pytestmark = pytest.mark.timeout(60)
@@ -42,7 +43,7 @@ def new_key(n: int = 1) -> AttemptKey:
     return AttemptKey("0193a1b2c3d4", next(_tasks), n, "beef")
 
 
-@pytest.fixture(params=["process", "process-scan", "fake"])
+@pytest.fixture(params=["process", "process-scan", "process-carrying", "fake"])
 async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[ExecutorWorld]:
     """Each adapter."""
     made: ExecutorWorld
@@ -51,6 +52,8 @@ async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
             made = ProcessWorld(tmp_path)
         case "process-scan":
             made = ProcessWorld(tmp_path, ["--killer", "scan", "--limits", "poll"])
+        case "process-carrying":  # a decorator, which keeps the whole contract
+            made = CarryingWorld(tmp_path)
         case _:
             made = FakeWorld()
     yield made

@@ -53,7 +53,7 @@ def test_a_full_disk_takes_nothing_on_and_goes_on_reporting() -> None:
     report = the(world.step(on.WorkEnded(key(0), ENDED)), SendReports)
     assert not report.needs_journal
     world.step(on.DiskState(writable=True))
-    assert started(world.dispatch(1)) == [1]
+    assert started(world.dispatch(1, number=2)) == [1], "the same number comes again (J7)"
 
 
 def test_a_strange_federation_is_not_joined() -> None:

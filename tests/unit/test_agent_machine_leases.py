@@ -16,7 +16,7 @@ from cluster_agent.core.commands import (
 from cluster_agent.core.machine import AgentMachine
 from cluster_agent.core.model import AgentState, Ended, Outcome
 from cluster_agent.core.records import Booted, Finished, Moved, apply
-from tests.unit.agent_machine_world import EPOCH, F, World, key, none, spec, started, the
+from tests.unit.agent_machine_world import ENDED, EPOCH, F, World, key, none, spec, started, the
 
 
 def test_f5_the_lease_counts_from_the_send_time_of_this_generations_heartbeats() -> None:
@@ -191,3 +191,20 @@ def test_g2_without_a_lease_a_new_guard_is_told_of_none() -> None:
     world.step(on.ExecutorLost())
     world.step(after=F)
     assert none(world.step(on.Census({}, ())), RenewLease)
+
+
+def test_f5_a_tick_has_something_to_do_when_f_is_over_and_not_before() -> None:
+    world = World()
+    assert not world.machine.due(world.now + F - 0.1)
+    assert world.machine.due(world.now + F + 0.1)
+    world.step(after=F + 0.1)
+    assert not world.machine.due(world.now + 100.0), "the lapse is noticed once"
+
+
+def test_j7_a_tick_has_something_to_do_while_a_report_is_not_acknowledged() -> None:
+    world = World()
+    world.dispatch(0)
+    world.step(on.WorkEnded(key(), ENDED))
+    assert world.machine.due(world.now)
+    world.settle(0)
+    assert not world.machine.due(world.now)

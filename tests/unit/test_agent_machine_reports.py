@@ -5,10 +5,11 @@ from __future__ import annotations
 from cluster_agent.core import events as on
 from cluster_agent.core.capacity import QUEUE_FLOOR
 from cluster_agent.core.commands import ForgetWork, SendReceipt, SendReports, StopWork
+from cluster_agent.core.machine import GATHER_SECONDS
 from cluster_agent.core.model import AgentState
-from cluster_agent.core.outbox import RESEND_SECONDS
+from cluster_agent.core.outbox import RESEND_SECONDS, START_SECONDS
 from cluster_agent.core.records import Forgotten, apply
-from tests.unit.agent_machine_world import ENDED, EPOCH, F, World, key, none, started, the
+from tests.unit.agent_machine_world import ENDED, EPOCH, F, World, key, none, spec, started, the
 
 
 def test_f8_a_stop_is_durable_at_once_and_reported_when_confirmed() -> None:
@@ -126,14 +127,16 @@ def test_j7_a_dispatch_of_what_ended_is_answered_with_its_report() -> None:
     assert the(step, SendReports).finished == ((key(0), ENDED),)
 
 
-def test_starts_ride_in_finishes_of_the_same_batch() -> None:
+def test_starts_ride_in_finishes_that_come_soon() -> None:
     world = World()
     world.dispatch(0, 1)
-    report = the(
-        world.step(on.WorkStarted(key(0), 5), on.WorkStarted(key(1), 6), on.WorkEnded(key(1), ENDED)), SendReports
-    )
-    assert report.started == ((key(0), 5),)
-    assert report.finished == ((key(1), ENDED),)
+    assert none(world.step(on.WorkStarted(key(0), 5), on.WorkStarted(key(1), 6)), SendReports)
+    report = the(world.step(on.WorkEnded(key(1), ENDED), after=START_SECONDS / 2), SendReports)
+    assert (report.started, report.finished) == ((), ((key(1), ENDED),))
+    assert world.machine.due(world.now), "a tick must tell the other one"
+    report = the(world.step(after=START_SECONDS), SendReports)
+    assert (report.started, report.finished) == (((key(0), 5),), ())
+    assert none(world.step(after=START_SECONDS), SendReports), "once"
 
 
 def test_c3_beyond_the_queue_work_is_rejected() -> None:
@@ -159,7 +162,18 @@ def test_c4_vitals_name_the_last_dispatch_without_a_gap() -> None:
     assert the(world.dispatch(1, number=4), SendReceipt).dispatch_no == 1
     assert world.machine.vitals().included == (("s0", EPOCH, 1),)
     assert the(world.dispatch(2, number=2), SendReceipt).dispatch_no == 2
-    assert world.machine.vitals().attempts == 3
+    assert world.machine.vitals().attempts == 2
+
+
+def test_f3_a_repeated_dispatch_does_not_start_what_was_rejected_and_forgotten_since() -> None:
+    """Found by the simulator (message repeated): the owner has placed it elsewhere by then."""
+    world = World()
+    world.dispatch(0, number=1)
+    world.step(on.WorkRefused(key(0), "the lease has passed"))
+    world.settle(0)
+    assert world.phase(0) is None
+    assert the(world.dispatch(0, number=1), SendReceipt).dispatch_no == 1
+    assert world.phase(0) is None
 
 
 def test_c4_a_stream_begins_with_1_so_a_lost_first_dispatch_is_never_receipted() -> None:
@@ -167,3 +181,27 @@ def test_c4_a_stream_begins_with_1_so_a_lost_first_dispatch_is_never_receipted()
     assert the(world.dispatch(1, number=2), SendReceipt).dispatch_no == 0
     assert the(world.dispatch(0, number=1), SendReceipt).dispatch_no == 1
     assert the(world.dispatch(1, number=2), SendReceipt).dispatch_no == 2
+
+
+def test_reports_gather_for_a_moment_while_more_work_waits_here() -> None:
+    """DESIGN 13: no slot waits for their answer, so they share a message, and a commit."""
+    world = World(cpus=1)
+    big = spec(700)  # one at a time
+    world.dispatch(*range(6), work=big)
+    assert not none(world.step(on.WorkEnded(key(0), ENDED)), SendReports), "the first leaves at once"
+    assert none(world.step(on.WorkEnded(key(1), ENDED), after=0.002), SendReports)
+    assert 0.0 < world.machine.gathering(world.now) <= GATHER_SECONDS
+    assert none(world.step(on.WorkEnded(key(2), ENDED), after=0.002), SendReports)
+    told = the(world.step(after=GATHER_SECONDS), SendReports)
+    assert [each[0] for each in told.finished] == [key(1), key(2)]
+    assert world.machine.gathering(world.now) == 0.0
+
+
+def test_reports_leave_at_once_when_nothing_waits_here() -> None:
+    world = World(cpus=1)
+    big = spec(700)
+    world.dispatch(0, 1, work=big)
+    world.step(on.WorkEnded(key(0), ENDED))
+    assert not none(world.step(on.WorkEnded(key(1), ENDED), after=0.001), SendReports)
+    world.dispatch(2, work=big)
+    assert not none(world.step(on.WorkEnded(key(2), ENDED), after=0.001), SendReports)

@@ -1,0 +1,144 @@
+"""Recall at the guard, one turn at a time, with a real worker (PROTOCOL G5, F8): what the clock of a whole guard would hide."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster_agent.executors.base import AttemptKey
+from cluster_agent.guard import host, isolation
+from cluster_agent.guard.cgroups import RECORD, Groups
+from cluster_agent.guard.guard import Guard
+from cluster_agent.guard.ledger import Ledger
+from cluster_agent.guard.places import Places
+from cluster_agent.guard.protocol import KEEPERS, Message, code_to_wire, start_to_wire
+from cluster_agent.guard.workload import Spawner
+from tests.contract.test_prefetch import Marks
+
+PATIENCE_SECONDS = 30.0
+
+
+class Turns:
+    """A guard whose loop turns when the test says so."""
+
+    def __init__(self, directory: Path) -> None:
+        self.told: list[Message] = []
+        self.ledger = Ledger(directory, host.boot_id())
+        self._watched: dict[int, Callable[[], None]] = {}
+        self._keepers = os.open(directory / KEEPERS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._lives = os.pipe2(os.O_CLOEXEC)
+        places, groups = Places(directory), Groups("test", directory / RECORD, wanted=False)
+        spawner = Spawner(places, groups, isolation.SCAN, self._lives[0], self._keepers)
+        self.guard = Guard(
+            self.ledger, places, spawner, self.told.append, self._watched.__setitem__, self._unwatch, min_free_bytes=0
+        )
+        self.ask({"op": "configure", "fence": 300.0, "kill": 4.0})
+        self.ask({"op": "renew", "gen": 1, "sent": host.boot()})
+
+    def _unwatch(self, fd: int) -> None:
+        self._watched.pop(fd, None)
+
+    def ask(self, message: Message) -> None:
+        """A request, carried out at once."""
+        self.guard.handle(message, host.boot())
+
+    def turn(self) -> None:
+        """Look at everything once."""
+        for fd in select.select(list(self._watched), [], [], 0.01)[0]:
+            if fd in self._watched:
+                self._watched[fd]()
+        self.guard.settle(host.boot())
+
+    def until(self, condition: Callable[[], bool], *, turning: bool = True) -> None:
+        """Wait for it; the guard turns meanwhile, or stands still."""
+        give_up = host.boot() + PATIENCE_SECONDS
+        while not condition():
+            assert host.boot() < give_up
+            if turning:
+                self.turn()
+            else:
+                select.select([], [], [], 0.005)
+
+    def ends(self) -> dict[str, str]:
+        """Causes of the exits that were told."""
+        return {wire["key"]: wire["cause"] for message in self.told for wire in message.get("exits", ())}
+
+    def close(self) -> None:
+        """End all work."""
+        self.guard.end(host.boot(), 0.0)
+        self.until(lambda: self.guard.idle)
+        self.ledger.close()
+        for fd in (*self._lives, self._keepers):
+            os.close(fd)
+
+
+@pytest.fixture
+def turns(tmp_path: Path) -> Iterator[Turns]:
+    made = Turns(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def marks(turns: Turns, tmp_path: Path) -> Marks:
+    """Its code is at the guard, and one worker is warm."""
+    made = Marks(tmp_path / "marks")
+    warm = made.request("mark")
+    assert warm.python is not None
+    turns.ask(code_to_wire(warm.python))
+    turns.guard.start_calls([start_to_wire(warm)], host.boot())
+    turns.until(lambda: warm.key.text() in turns.ends())
+    made.path.unlink()
+    return made
+
+
+def names(*keys: AttemptKey) -> list[str]:
+    return [key.text() for key in keys]
+
+
+def test_g5_an_order_for_a_call_that_is_over_does_not_meet_the_next_one(turns: Turns, marks: Marks) -> None:
+    """Its answer is there and unread when the stop comes; the worker is at the next call already."""
+    first, following = marks.request("mark"), marks.request("pause", 60.0)
+    turns.guard.start_calls([start_to_wire(first), start_to_wire(following)], host.boot())
+    turns.until(lambda: len(marks.words) == 2, turning=False)
+    turns.ask({"op": "stop", "keys": names(first.key), "grace": 0.0})
+    turns.until(lambda: any(message["ev"] == "stopped" for message in turns.told))
+    assert turns.ends() == {**turns.ends(), first.key.text(): "exit"}
+    for _ in range(20):
+        turns.turn()
+    assert following.key.text() not in turns.ends()
+
+
+def test_g5_what_a_dead_worker_did_not_receive_goes_to_another_at_once(turns: Turns, marks: Marks) -> None:
+    requests = [marks.request("leave", 3), *(marks.request("mark") for _ in range(3))]
+    turns.guard.start_calls([start_to_wire(request) for request in requests], host.boot())
+    turns.until(lambda: len(turns.ends()) == 5)  # no tick: what waits is recalled from the dead, not from the slow
+    assert marks.words == names(*(request.key for request in requests))
+    assert [turns.ledger.exits[name][1]["code"] for name in marks.words] == [3, 0, 0, 0]
+
+
+def test_f4_calls_of_one_batch_are_on_the_ledger_before_one_runs(turns: Turns, marks: Marks, tmp_path: Path) -> None:
+    requests = [marks.request("mark") for _ in range(3)]
+    turns.guard.start_calls([start_to_wire(request) for request in requests], host.boot())
+    written = (tmp_path / "ledger").read_text()
+    assert all(name in written for name in names(*(request.key for request in requests)))
+    turns.until(lambda: len(turns.ends()) == 4)
+
+
+def test_the_ledger_reads_what_it_wrote_together(tmp_path: Path) -> None:
+    keys = [f"run.{task}.1.cafe" for task in range(3)]
+    ledger = Ledger(tmp_path, host.boot_id())
+    ledger.started_together(keys, 7, 1.0)
+    ledger.exited_together({key: {"key": key} for key in keys[:2]})
+    ledger.forget(keys[:1])
+    ledger.close()
+    again = Ledger(tmp_path, host.boot_id())
+    assert list(again.started_keys) == keys[2:]
+    assert again.started_keys[keys[2]].generation == 7
+    assert list(again.exits) == keys[1:2]
+    assert all(again.knows(key) for key in keys)
+    again.close()
