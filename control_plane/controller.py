@@ -101,6 +101,11 @@ class Controller:
         self._cycle.lease_good = lease_good
         self._cycle.wake()
 
+    @property
+    def feature_level(self) -> int:
+        """The federation's feature level, as last read (J11)."""
+        return self._cycle.decider.level
+
     def set_feature_level(self, level: int) -> None:
         """The federation's feature level, as last read (J11)."""
         self._cycle.decider.level = level

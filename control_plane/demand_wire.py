@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 
 from baton.internal import peer_pb2 as pb
 from baton.v1 import agent_pb2
@@ -12,7 +13,11 @@ from control_plane.core.capacity import Shape
 from control_plane.core.model import Group, Resources
 from control_plane.core.offers import Granted
 
+MAX_GROUPS = 1024
+"""Encoded groups kept: they are said again with every demand. More groups than this in use at once are only encoded again."""
 
+
+@lru_cache(MAX_GROUPS)
 def encode_group(group: Group) -> str:
     """A group as JSON; the inverse is `decode_group`."""
     need = group.resources
@@ -24,6 +29,7 @@ def encode_group(group: Group) -> str:
         group.selector,
         group.clusters,
         group.tolerations,
+        *([group.level] if group.level else []),  # a replica that knows no levels has no such groups (J11)
     ]
     return json.dumps(fields, separators=(",", ":"))
 
@@ -31,7 +37,7 @@ def encode_group(group: Group) -> str:
 def decode_group(text: str) -> Group:
     """Inverse of `encode_group`. Raises ValueError."""
     try:
-        namespace, priority, need, isolation, selector, clusters, tolerations = json.loads(text)
+        namespace, priority, need, isolation, selector, clusters, tolerations, *level = json.loads(text)
         cpu, memory, disk, processes, extended = need
         resources = Resources(cpu, memory, disk, processes, tuple((name, amount) for name, amount in extended))
         return Group(
@@ -42,6 +48,7 @@ def decode_group(text: str) -> Group:
             tuple((key, value) for key, value in selector),
             tuple(clusters),
             tuple(tolerations),
+            *level,
         )
     except TypeError as error:
         raise ValueError(f"not a group: {text[:100]}") from error

@@ -47,8 +47,9 @@ message costs that much of a task's time."""
 DISPATCH_BATCH = 500
 """Attempts per message: about 100 KiB of small tasks, far under gRPC's 4 MiB limit even with 6 KiB of arguments each."""
 
-DISPATCH_BYTES = 1 << 20
-"""Bytes per message; a task's arguments, environment and inputs may be 64 + 32 KiB and its parents' results."""
+DISPATCH_BYTES = 1 << 18
+"""Bytes after which a message is full; a task's arguments, environment and inputs may be 64 + 32 KiB and its parents' results. The
+last dispatch may name 10,000 artifacts of parents (`files.RUN_ARTIFACTS`, at most 3.8 MB), and agents receive 4 MiB."""
 
 REPORTS_QUEUE = 1000
 """Report messages of one link waiting for their shard. Beyond it they are dropped and the agent sends them again (J7)."""
@@ -56,6 +57,9 @@ REPORTS_QUEUE = 1000
 MAX_ORPHANS = 10_000
 """Stops of unknown runs kept per link to be sent again: more than a cluster runs at once. Beyond it the oldest are only sent
 once, and the next inventory arms them again (F8)."""
+
+TOLD_ORPHANS = 10
+"""Unknown runs of one inventory and shard that are logged, so that an operator who restored a backup learns their uids."""
 
 COMMIT_TIMEOUT = 30.0
 """Seconds to wait for reports to be journaled before giving the agent no answer."""
@@ -110,9 +114,9 @@ class Dispatcher:
             return
         placed: dict[str, list[AttemptId]] = {}
         for attempt in outbox.placed:
-            view = _machine(shard).attempt(attempt)
-            if view is not None:
-                placed.setdefault(view.cluster, []).append(attempt)
+            place = _machine(shard).place_of(attempt)
+            if place is not None:
+                placed.setdefault(place[0], []).append(attempt)
         for cluster, attempts in placed.items():
             link = self._links.get((shard.id, cluster))
             if link is not None:
@@ -163,9 +167,12 @@ class Dispatcher:
                     continue
                 self._forget_orphans(shard, cluster, settled)
                 owned = self._controller.owned().get(shard)
-                if owned is not None and settled and not self._view.restore_suspected:
+                # Taken, known or refused: every checkpoint that was told is settled by now.
+                saved = [said for m in messages for said in m.reports.checkpoints]
+                if owned is not None and (settled or saved) and not self._view.restore_suspected:
                     replica, _, stream = messages[-1].stream.partition("\n")
-                    acks = pb.ReportAcks(**codec.header(owned), attempts=[codec.ref(a) for a in settled])
+                    attempts = [codec.ref(a) for a in settled]
+                    acks = pb.ReportAcks(**codec.header(owned), attempts=attempts, checkpoints=saved)
                     self._router.to_cluster(replica, cluster, stream, pb.SessionResponse(report_acks=acks))
 
     def _forget_orphans(self, shard: str, cluster: str, settled: Iterable[AttemptId]) -> None:
@@ -224,6 +231,8 @@ class Dispatcher:
                 self._dispatch(owned, link, missing)
                 link.orphans = dict.fromkeys(verdict.orphans[-MAX_ORPHANS:])
                 self._stop(owned, link, [*stops, *verdict.orphans])
+            for uid in list(dict.fromkeys(orphan.run for orphan in verdict.orphans))[:TOLD_ORPHANS]:
+                log.warning("work of an unknown run is stopped", extra={"run": uid, "shard": shard, "cluster": cluster})
         yield b""
 
     def _linked(self, replica: str, message: peer.FromCluster) -> Link | None:
@@ -255,10 +264,10 @@ class Dispatcher:
     @staticmethod
     def _write(owned: OwnedShard, link: Link, writer: codec.DispatchWriter, attempt: AttemptId) -> None:
         machine = _machine(owned)
-        view, dispatch = machine.attempt(attempt), machine.dispatch(attempt)
-        if view is None or dispatch is None or view.generation != link.generation or view.cluster != link.cluster:
-            return
-        writer.add(attempt, dispatch)
+        if machine.place_of(attempt) == (link.cluster, link.generation):
+            dispatch = machine.dispatch(attempt)
+            if dispatch is not None:
+                writer.add(attempt, dispatch)
 
     def _number(self, link: Link, writer: codec.DispatchWriter) -> None:
         number = link.next_no
@@ -287,8 +296,13 @@ class Dispatcher:
             await self._clock.sleep(RESEND / 4)
             if self._view.restore_suspected or not self._controller.acting:
                 continue
+            shown = self._controller.owned()
+            homes = {uid: info.replica for uid, info in self._view.sessions.items() if not info.ended}
             for (shard, cluster), link in list(self._links.items()):
-                owned = self._controller.owned().get(shard)
+                moved = homes.get(cluster, link.replica) != link.replica
+                if not (moved or link.unreceived or link.stops_sent):
+                    continue
+                owned = shown.get(shard)
                 session = self._view.sessions.get(cluster)
                 if owned is None or owned.lost:
                     continue
@@ -325,12 +339,12 @@ class Dispatcher:
         if owned is None or shard == FLEET:
             return found
         for (of, cluster), link in self._links.items():
-            if of != shard:
+            if of != shard or not link.numbered:
                 continue
             included = self._included(owned, cluster)
             machine = _machine(owned)
             for attempt in [
-                a for a, number in link.numbered.items() if number <= included or machine.attempt(a) is None
+                a for a, number in link.numbered.items() if number <= included or machine.place_of(a) is None
             ]:
                 del link.numbered[attempt]
             if link.numbered:

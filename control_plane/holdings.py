@@ -28,13 +28,15 @@ PendingSource = Callable[[str], Iterable[tuple[str, int, list[AttemptId]]]]
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """Of one group on one cluster: attempts held, and `change` of that since the cluster's last report."""
+    """Of one group on one cluster: attempts held, and `change` of that since the cluster's last report. `run_seconds`: learned
+    run time, 0 if none is known."""
 
     cluster: str
     key: str
     group: Group
     held: int
     change: int
+    run_seconds: float
 
 
 class Holdings:
@@ -59,12 +61,19 @@ class Holdings:
             self._groups[line.key] = line.group
         return lines
 
+    def wanting(self) -> bool:
+        """Whether any task waits for a place."""
+        return self._machine.wanting
+
     def terms(self) -> list[NamespaceView]:
         """Namespaces that this shard keeps (O6)."""
         return self._machine.namespaces()
 
     def reported(self) -> None:
         """A capacity report was heard: note what each new one includes."""
+        if self._machine.bare:
+            self._bases.clear()  # as if none had been heard: whatever comes later is in none of them
+            return
         fresh = [
             uid
             for uid, beat in self._view.beats.items()
@@ -72,11 +81,13 @@ class Holdings:
         ]
         if not fresh:
             return
+        held = {uid: self._held(uid) for uid in fresh}
         unreported: dict[str, Counter[str]] = {}
-        for cluster, _, attempts in self._pending(self._shard.id):
-            unreported.setdefault(cluster, Counter()).update(self._keys(attempts))
-        for uid in fresh:
-            base = self._held(uid)
+        if any(held.values()):
+            for cluster, _, attempts in self._pending(self._shard.id):
+                keys = (self._machine.group_of(attempt) for attempt in attempts)
+                unreported.setdefault(cluster, Counter()).update(key for key in keys if key is not None)
+        for uid, base in held.items():
             base.subtract(unreported.get(uid, Counter()))
             self._bases[uid] = (self._view.beats[uid].mod_revision, base)
 
@@ -88,27 +99,15 @@ class Holdings:
             held = self._held(uid)
             base = self._bases[uid][1] if uid in self._bases else Counter()
             for key in sorted(held.keys() | base.keys()):
-                group = self._groups.get(key)
+                group = self._machine.group(key) or self._groups.get(key)
                 change = held[key] - base[key]
                 if group is not None and (held[key] or change):
                     keys.add(key)
-                    found.append(Use(uid, key, group, held[key], change))
+                    self._groups[key] = group
+                    found.append(Use(uid, key, group, held[key], change, self._machine.run_seconds(key)))
         self._groups = {key: group for key, group in self._groups.items() if key in keys}
         return found
 
     def _held(self, cluster: str) -> Counter[str]:
         """Attempts whose reservation is on the cluster, by group."""
-        attempts = set(self._machine.live_on(cluster)).union(self._machine.stops_on(cluster))
-        return Counter(self._keys(attempts))
-
-    def _keys(self, attempts: Iterable[AttemptId]) -> list[str]:
-        keys: list[str] = []
-        for attempt in attempts:
-            view = self._machine.attempt(attempt)
-            if view is None:
-                continue  # of an archived run: its stop is all that is left
-            keys.append(view.group)
-            if view.group not in self._groups and (work := self._machine.dispatch(attempt)) is not None:
-                # Held since before we owned the shard: all that counts of its group is who and how much.
-                self._groups[view.group] = Group(work.namespace, 0, work.spec.resources, False, (), (), ())
-        return keys
+        return Counter(self._machine.held_on(cluster))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from baton.clock import Clock
@@ -40,6 +40,10 @@ log = logging.getLogger(__name__)
 GATHER = 0.002
 """Seconds in which demands are gathered for one plan. Larger: a slower hop; smaller: a plan per shard instead of per moment."""
 
+SHARE, MOST_GATHER = 10, 0.05
+"""After a plan demands are gathered for so many times its own length, at most so many seconds: a federation that is busy on many
+shards is planned for as a whole, and planning leaves the loop to others. Larger: slower growth; smaller: plans fill the loop."""
+
 GRANT_TTL = 2.0
 """Seconds a permission lives, and a new leader's silence. Too small: slow commits lose their permissions; too large: a killed
 leader costs a longer pause, and unused room idles longer."""
@@ -49,6 +53,9 @@ DEMAND_TTL = 3.0
 
 REPLAN = 0.5
 """Seconds until the next plan while somebody waits and nothing new was heard: expired permissions give room back."""
+
+IDLE = 10.0
+"""Seconds between looks while nobody waits or somebody else leads; whatever changes that rings, so this only bounds a missed ring."""
 
 HEARING = 10.0
 """Seconds from its opening in which a leader holds back a namespace of which it does not know whether it has a quota. Longer than
@@ -68,6 +75,8 @@ class _Asked:
     uses: tuple[tuple[Holding, int], ...]
     """What it holds, and the change of that since the cluster's report."""
     told: Answer | None = None
+    runs: Mapping[str, float] = field(default_factory=dict)
+    """Learned run times of what it holds, by key of group, seconds."""
     grants: tuple[Granted, ...] = ()
     expires: float = 0.0
     """When the permissions given for this Demand expire; 0: none were given, and only then may some still be."""
@@ -148,6 +157,7 @@ class GrantSide:
                     count=line.count,
                     start_by=wall + line.slack_ms / 1000,
                     since=line.since_ms / 1000,
+                    run_seconds=line.run_seconds,
                 )
                 for line in message.groups
             )
@@ -162,10 +172,11 @@ class GrantSide:
         held = tuple(holding for holding, _ in uses)
         self._words[message.shard] = _Word(message.epoch, message.seq, now, held, terms)
         if wants or uses:
-            self._asked[message.shard] = _Asked(message.seq, now, wants, uses)
+            runs = {use.key: use.run_seconds for use in message.pending}
+            self._asked[message.shard] = _Asked(message.seq, now, wants, uses, runs=runs)
         else:
             self._asked.pop(message.shard, None)
-        if wants or uses or known is None or known.holdings or known.terms != terms:
+        if self._waits():
             self._bell.ring()
 
     def _group(self, text: str) -> Group:
@@ -181,13 +192,16 @@ class GrantSide:
 
     async def run(self) -> None:
         """Plan while fleet is ours, until cancelled."""
+        gather = GATHER
         while True:
-            rung = await self._bell.wait(REPLAN)
-            if not self._term or not (rung or self._waits()):
+            await self._bell.wait(REPLAN if self._term and self._waits() else IDLE)
+            if not self._term or not self._waits():
                 continue
-            await self._clock.sleep(max(GATHER, self._opens - self._clock.boot()))
+            await self._clock.sleep(max(gather, self._opens - self._clock.boot()))
             if self._term and self._clock.boot() >= self._opens:
-                self._plan(self._clock.boot())
+                began = self._clock.boot()
+                self._plan(began)
+                gather = min(max(GATHER, SHARE * (self._clock.boot() - began)), MOST_GATHER)
 
     def _plan(self, now: float) -> None:
         """One plan, and an answer to every shard to which it says something new."""
@@ -208,9 +222,13 @@ class GrantSide:
 
     def _snapshot(self, waiting: Mapping[str, _Asked], now: float) -> Snapshot:
         changes: dict[str, dict[Resources, int]] = defaultdict(lambda: defaultdict(int))
+        runs: dict[str, list[float]] = defaultdict(list)
         silent = (word for shard, word in self._words.items() if shard not in self._asked)
         holdings: list[Holding] = [holding for word in silent for holding in word.holdings]
         for shard, asked in self._asked.items():
+            for key, seconds in asked.runs.items():
+                if seconds > 0.0:
+                    runs[key].append(seconds)
             for holding, change in asked.uses:
                 changes[holding.cluster][holding.group.resources] += change
                 holdings.append(holding)
@@ -224,7 +242,10 @@ class GrantSide:
             beat = self._view.beats.get(uid)
             fresh = beat is not None and beat.heartbeat.generation == facts.generation
             shapes = shapes_of(beat.heartbeat) if beat is not None and fresh else None
-            offers.append(Offer(facts, shapes, tuple((need, n) for need, n in changes[uid].items() if n)))
+            limit = beat.heartbeat.queue_limit if beat is not None and fresh else 0
+            session = self._view.sessions.get(uid)
+            level = session.level if session is not None and session.generation == facts.generation else 0
+            offers.append(Offer(facts, shapes, tuple((need, n) for need, n in changes[uid].items() if n), limit, level))
         wants = tuple(want for asked in waiting.values() for want in asked.wants)
         terms = [each for word in self._words.values() for each in word.terms]
         quotas = {name: quota for name, _, quota in terms if quota > 0}
@@ -235,6 +256,7 @@ class GrantSide:
             weights={name: weight for name, weight, _ in terms},
             quotas=quotas,
             closed=self._closed({want.group.namespace for want in wants}, quotas, now),
+            runs={key: sum(known) / len(known) for key, known in runs.items()},
         )
 
     def _closed(self, namespaces: Iterable[str], quotas: Mapping[str, int], now: float) -> dict[str, str]:

@@ -4,8 +4,9 @@ Theory. Demand and grants are levels with a conversation of one: an owner has **
 takes permissions at most once for each, after which it says anew what it wants. So the leader always knows whether a
 permission is still open (no later Demand came) or spent and returned (one came); nothing is permitted twice because two
 messages crossed. An answer that never comes is not waited for: every half second what is wanted is said again. A shard that
-wants and holds nothing says so too, more slowly: quotas over all shards (O7) can be kept only by a leader that has heard all
-of them. With it go the terms of the namespaces that the shard keeps.
+wants nothing is not answered. What it holds it says when that changes, and seldom otherwise; that it holds nothing it says
+to every new leader and then ever more slowly: quotas over all shards (O7) can be kept only by a leader that has heard all of
+them. With it go the terms of the namespaces that the shard keeps.
 
 A permission is bound by the shard's own commit (`TakeGrants`), and the next Demand is made only after that commit, so that it
 counts what was bound. What is left unbound then is void for the leader, and is replaced by its next answer.
@@ -27,7 +28,7 @@ from control_plane.core.model import FLEET
 from control_plane.demand_wire import decode_grants, encode_group
 from control_plane.holdings import Holdings, PendingSource
 from control_plane.refusals import NotOwned, OutcomeUnknown, StoreDown
-from control_plane.view import View
+from control_plane.view import OwnerInfo, View
 
 if TYPE_CHECKING:
     from control_plane.controller import Controller, OwnedShard
@@ -39,14 +40,25 @@ LEVEL = 0.5
 """Seconds after which what is wanted or held is said again. Larger: a lost message delays work by as much; smaller: chatter of
 all shards with work."""
 
+HELD_LEVEL = 1.4
+"""Seconds after which a shard that wants nothing says again what it holds: two fit into the leader's DEMAND_TTL (3 s), after which
+it would only remember what was held. Larger: one lost word is too many; smaller: chatter of shards with long work."""
+
 QUIET_LEVEL = 0.8
-"""Seconds after which a shard says again that it wants and holds nothing. Two fit into a new leader's silence (GRANT_TTL), so
-that it has heard everybody when it opens. Larger: namespaces with a quota wait longer after a change of the leader; smaller:
-chatter of idle shards."""
+"""Seconds after which a shard says again that it wants and holds nothing; then after twice as long, and so on. Two fit into a new
+leader's silence (GRANT_TTL), so that it has heard everybody when it opens. Larger: namespaces with a quota wait longer after a
+change of the leader; smaller: chatter of idle shards."""
+
+QUIET_MOST = 6.4
+"""Longest pause between two such words to the same leader, which remembers them: they only heal what was lost."""
 
 MIN_GAP = 0.004
 """Seconds between two Demands of a shard. Larger: slower hops between groups; smaller: a busy shard, which changes its demand
 with every commit, would fill its loop with demands."""
+
+SHARE = 20
+"""A round of Demands is followed by so many times its own length before the same shards speak again, at most QUIET_GAP: many busy
+shards must not fill their replica's loop with demands. Larger: slower growth under load; smaller: less time for the work itself."""
 
 QUIET_GAP = 0.05
 """Seconds until a change of what is *held* alone is said. It only helps others, so it may wait for company."""
@@ -68,6 +80,10 @@ class _Line:
     sent: float = float("-inf")
     due: float = 0.0
     """When to speak next."""
+    quiet: float = QUIET_LEVEL
+    """Pause after the next word that nothing is wanted or held."""
+    asked: bool = False
+    """Something was wanted in the last word."""
     waiting: bool = False
     put_off: float = float("inf")
     """Something changed while an answer is awaited: so long after the answer it is said. Infinity: nothing did."""
@@ -91,6 +107,8 @@ class DemandSide:
         self._pending = pending
         self._lines: dict[str, _Line] = {}
         self._bell = Bell(clock)
+        self._led_by: OwnerInfo | None = None
+        self._gap = MIN_GAP
         view.subscribe(self._heard)
 
     # -- Listener -----------------------------------------------------------------------------------------------------
@@ -107,7 +125,9 @@ class DemandSide:
         """Ready counts changed: say so soon. Else only what is held may have changed."""
         line = self._lines.get(shard.id)
         if line is not None:
-            after = 0.0 if outbox.demand else QUIET_GAP
+            # What became ready and was placed in one batch (C2) leaves nothing to ask for.
+            soon = outbox.demand and (line.asked or line.holdings.wanting())
+            after = 0.0 if soon else QUIET_GAP
             if line.waiting:
                 line.put_off = min(line.put_off, after)
             else:
@@ -123,6 +143,11 @@ class DemandSide:
         if topic == "beats":
             for line in self._lines.values():
                 line.holdings.reported()
+        elif topic == "owners" and self._view.owners.get(FLEET) != self._led_by:
+            self._led_by = self._view.owners.get(FLEET)
+            for line in self._lines.values():
+                line.quiet = QUIET_LEVEL
+                self._speak(line, 0.0)
 
     # -- speaking -----------------------------------------------------------------------------------------------------
 
@@ -137,6 +162,7 @@ class DemandSide:
                         self._controller.post(line.shard.id, DropGrants(line.term))
                     if line.binding is None and line.due <= now:
                         self._say(line, now)
+                self._gap = min(max(MIN_GAP, SHARE * (self._clock.boot() - now)), QUIET_GAP)
                 await self._bell.wait(self._sleep(self._clock.boot()))
         finally:
             for shard in list(self._lines):
@@ -146,11 +172,11 @@ class DemandSide:
         """Seconds until something is due."""
         times = [line.due for line in self._lines.values() if line.binding is None]
         times += [line.expires for line in self._lines.values()]
-        return min(max(min(times, default=now + LEVEL) - now, 0.001), LEVEL)
+        return min(max(min(times, default=now + QUIET_MOST) - now, 0.001), QUIET_MOST)
 
     def _speak(self, line: _Line, after: float) -> None:
         """Say the shard's demand in `after` seconds at the latest."""
-        due = max(self._clock.boot() + after, line.sent + MIN_GAP)
+        due = max(self._clock.boot() + after, line.sent + self._gap)
         if due < line.due:
             line.due = due
             self._bell.ring()
@@ -159,9 +185,10 @@ class DemandSide:
         lines = [entry for entry in line.holdings.demand(self._clock.wall()) if entry.count > 0]
         uses = line.holdings.uses()
         nothing = not lines and not uses
-        line.due = now + (QUIET_LEVEL if nothing else LEVEL)
+        line.due = now + (LEVEL if lines else line.quiet if nothing else HELD_LEVEL)
+        line.quiet = min(2 * line.quiet, QUIET_MOST) if nothing else QUIET_LEVEL
         line.seq += 1
-        line.sent, line.waiting, line.spent = now, not nothing, False
+        line.sent, line.waiting, line.spent, line.asked = now, bool(lines), False, bool(lines)
         line.put_off = float("inf")
         message = pb.Demand(
             shard=line.shard.id,
@@ -174,6 +201,7 @@ class DemandSide:
                     count=entry.count,
                     slack_ms=int(entry.slack_seconds * 1000),
                     since_ms=int(entry.since_wall * 1000),
+                    run_seconds=entry.run_seconds,
                 )
                 for entry in lines
             ],
@@ -184,6 +212,7 @@ class DemandSide:
                     group=encode_group(use.group),
                     count=use.change,
                     held=use.held,
+                    run_seconds=use.run_seconds,
                 )
                 for use in uses
             ],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+import logging
+from collections.abc import Awaitable, Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,6 +12,9 @@ from baton.leases import LeaseValues, to_millis
 from baton.v1 import agent_pb2 as pb
 from control_plane.agent_rules import Problem, heartbeat_problem, hello_problem
 from control_plane.core.commands import SessionGrant
+from control_plane.core.events import ARTIFACTS_LEVEL
+
+log = logging.getLogger(__name__)
 
 
 class StreamClosed(Exception):
@@ -54,6 +58,27 @@ class Session:
     telling: set[str] = field(default_factory=set)
     """Shards whose owner is being told the inventory."""
 
+    def readable(self, message: pb.SessionResponse) -> pb.SessionResponse:
+        """What this stream's agent may be told of a message. An older agent would not see that an attempt starts from artifacts, a
+        checkpoint or stored code, and would start it without (J11): such attempts are left out. None is placed there knowingly;
+        one that is, because the agent was put back to an older version, waits for a newer one (the owner re-sends, J7)."""
+        if self.hello.feature_level >= ARTIFACTS_LEVEL or not message.HasField("dispatches"):
+            return message
+        of = message.dispatches
+        stored = {code.sha256 for code in of.codes if code.stored}
+        kept = [each for each in of.dispatches if not _needs_files(each, of.templates[each.template], stored)]
+        if len(kept) == len(of.dispatches):
+            return message
+        log.warning(
+            "the agent is too old for attempts that were placed on it: upgrade it",
+            extra={"cluster": self.name, "attempts": len(of.dispatches) - len(kept)},
+        )
+        less = pb.SessionResponse()
+        less.CopyFrom(message)
+        del less.dispatches.dispatches[:]
+        less.dispatches.dispatches.extend(kept)
+        return less
+
     def renewed_by(self, beat: pb.Heartbeat) -> bool:
         """Whether a heartbeat is of this generation: an older one would renew what fleet has ended (S5). Raises Refuse for one
         that others must not read (S2, C4)."""
@@ -78,6 +103,11 @@ class SessionsConfig:
     """Profile name -> values; raises KeyError."""
     check_marks: Callable[[list[pb.ShardMark], str], Awaitable[bool]]
     """PROTOCOL J12: True if the marks show that the store was restored (and it is said so in the store)."""
+
+
+def _needs_files(dispatch: pb.Dispatch, of: pb.DispatchTemplate, stored: Container[str]) -> bool:
+    """Whether an attempt starts from stored content."""
+    return bool(dispatch.artifacts) or dispatch.HasField("checkpoint") or of.python.code in stored
 
 
 def check_hello(stream: AgentStream, hello: pb.Hello, federation_uid: str) -> None:

@@ -127,7 +127,7 @@ class Sessions:
             raise Refuse("RESTORE_SUSPECTED", RESTORED, RESTORE_PAUSE)
         grant = await self._generation(hello, lease, rival=await self._rival(hello))
         lease = self._granted(grant)
-        owner_value, claimed = await self._claim(grant.cluster, grant.generation)
+        owner_value, claimed = await self._claim(grant.cluster, grant.generation, hello.feature_level)
         # Claims of one key are ordered by their revisions, so stream ids sort by age on whichever replica they were made.
         stream_id = f"{claimed:016x}.{self._entropy.token(4)}"
         if incarnation != self._view.incarnation:
@@ -227,8 +227,9 @@ class Sessions:
             raise Refuse("UNAVAILABLE", "the fleet shard cannot be reached", RETRY_PAUSE) from error
         return decode_grant(answer)
 
-    async def _claim(self, cluster: str, generation: int) -> tuple[bytes, int]:
-        """Become the serving replica, by comparing the value that holds the generation (S2): the new value, its revision."""
+    async def _claim(self, cluster: str, generation: int, level: int) -> tuple[bytes, int]:
+        """Become the serving replica, by comparing the value that holds the generation (S2): the new value, its revision. `level`
+        is the agent's: it may have been upgraded, or put back, within its generation."""
         key = keys.session_owner(cluster)
         for _ in range(5):
             try:
@@ -238,7 +239,7 @@ class Sessions:
                 fields = json.loads(current.value)
                 if fields["generation"] != generation or fields.get("ended"):
                     raise Refuse("GENERATION_ENDED", f"generation {generation} has ended", 0.0)
-                fields |= {"replica": self._router.replica, "nonce": self._entropy.token(8)}
+                fields |= {"replica": self._router.replica, "nonce": self._entropy.token(8), "level": level}
                 value = json.dumps(fields, sort_keys=True).encode()
                 unchanged = Compare.equals(key, current.value)
                 swap = Txn([unchanged, Compare.absent(keys.RESTORED_SUSPECTED)], [Put(key, value)])
@@ -356,7 +357,7 @@ class Sessions:
             if message.message.WhichOneof("message") == "dispatches":
                 self._tell_inventory(session, message.message.dispatches.shard)
             return
-        if not session.stream.send(message.message):
+        if not session.stream.send(session.readable(message.message)):
             log.warning("agent reads too slowly; its stream is ended", extra={"cluster": session.name})
             self._close(session)
 

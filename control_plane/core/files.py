@@ -10,6 +10,7 @@ Few runs have any of this, so a run has `Files` from its first ref on, and nothi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from control_plane.core.model import ArtifactRef, AttemptId
@@ -136,6 +137,10 @@ class Files:
         """The checkpoint an attempt's dispatch carries: the last committed one, if an earlier attempt made it (J7)."""
         last = self.checkpoints.get(attempt.task)
         return last if last is not None and last.attempt.n < attempt.n else None
+
+    def given(self, task: int, parents: Iterable[int]) -> bool:
+        """Whether a task's next attempt starts from stored content: a checkpoint of its own, or artifacts of its parents."""
+        return task in self.checkpoints or not self.published.keys().isdisjoint(parents)
 
     def forget(self, task: int, n: int) -> None:
         """An attempt is no longer kept."""

@@ -22,14 +22,16 @@ larger: a lane with one stuck task holds memory of runs long gone."""
 class Lane:
     """Ready tasks of one group."""
 
-    __slots__ = ("_fifo", "_heap", "count", "group", "key", "users")
+    __slots__ = ("_fifo", "_heap", "count", "group", "key", "programs", "users")
 
     def __init__(self, group: Group) -> None:
         self.group = group
         self.key = group.key()
         self.count = 0
         self.users = 0
-        """Runs that have tasks of this group: the lane goes with the last of them."""
+        """Tasks of live runs that are of this group, ready or not: the lane goes with the last of them."""
+        self.programs: dict[tuple[str, ...], int] = {}
+        """Ready tasks by what they run."""
         self._heap: list[tuple[float, int, Run, int]] = []
         self._fifo: deque[tuple[int, float, Run, int]] = deque()
 
@@ -37,6 +39,8 @@ class Lane:
         """A task joins; it must hold no ticket. `since`: wall time it became ready."""
         run.tickets[task] = serial
         self.count += 1
+        program = run.tasks[task].spec.program
+        self.programs[program] = self.programs.get(program, 0) + 1
         heapq.heappush(self._heap, (run.latest_start(task), serial, run, task))
         self._fifo.append((serial, since, run, task))
 
@@ -45,6 +49,10 @@ class Lane:
         if run.tickets.pop(task, None) is None:
             return False
         self.count -= 1
+        program = run.tasks[task].spec.program
+        self.programs[program] -= 1
+        if not self.programs[program]:
+            del self.programs[program]
         if not self.count:
             self._heap.clear()
             self._fifo.clear()

@@ -191,6 +191,11 @@ class TaskSpec:
     python: PythonCall | None = None
     """Instead of `argv`, which is empty then."""
 
+    @property
+    def program(self) -> tuple[str, ...]:
+        """What runs, whatever it is given: tasks of one program are expected to take alike (`core.run_times`)."""
+        return self.argv if self.python is None else (self.python.function, self.python.code)
+
 
 @dataclass(frozen=True, slots=True)
 class GraphTask:
@@ -236,6 +241,8 @@ class Group:
     selector: tuple[tuple[str, str], ...]
     clusters: tuple[str, ...]
     tolerations: tuple[str, ...]
+    level: int = 0
+    """Feature level that its agent must read (J11); 0: any. An older one would not see what the dispatch asks of it."""
 
     def key(self) -> str:
         """Name of the group, equal on all replicas."""

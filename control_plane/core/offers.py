@@ -12,18 +12,20 @@ from control_plane.core.model import ClusterFacts, Group, Resources
 @dataclass(frozen=True, slots=True)
 class Offer:
     """A cluster and its room. `shapes` is None while its current generation has not reported. `changes` are tasks placed (> 0)
-    or ended (< 0) since that report (C4). `queue_limit`: tasks that its agent lets wait beyond the room; 0: none."""
+    or ended (< 0) since that report (C4). `queue_limit`: tasks that its agent lets wait beyond the room; 0: none. `level`: the
+    feature level that its agent said on its current stream (J11); 0: none was heard."""
 
     facts: ClusterFacts
     shapes: tuple[Shape, ...] | None
     changes: tuple[tuple[Resources, int], ...] = ()
     queue_limit: int = 0
+    level: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Want:
     """Ready tasks of one group in one shard. `start_by` (wall seconds): the latest start that meets the deadline; `since`
-    (wall seconds): when the first of them became ready."""
+    (wall seconds): when the first of them became ready; `run_seconds`: how long each of them takes, 0 if that is not known."""
 
     shard: str
     key: str
@@ -31,6 +33,7 @@ class Want:
     count: int
     start_by: float
     since: float
+    run_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,8 @@ class Holding:
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything `place` looks at. A namespace without a weight has 1, one without a quota may have any number of live tasks.
-    `closed` are namespaces that get nothing now, each with the sentence that says why. `runs` are learned run times, seconds by
-    key of group."""
+    `closed` are namespaces that get nothing now, each with the sentence that says why. `runs` are learned run times of what
+    is held, seconds by key of group."""
 
     offers: tuple[Offer, ...]
     wants: tuple[Want, ...]

@@ -18,6 +18,7 @@ from control_plane.core.losses import Want, wanted
 from control_plane.core.machine import Batch
 from control_plane.core.model import Evidence
 from control_plane.core.run import Run
+from control_plane.core.run_times import short
 from control_plane.core.state import ShardState
 from control_plane.core.views import DemandLine
 
@@ -53,7 +54,7 @@ def demand(state: ShardState, now: float) -> list[DemandLine]:
         if lane.count > 0 and head is not None:
             run, task = head
             slack = run.latest_start(task) - now
-            lines.append(DemandLine(key, lane.group, lane.count, slack, lane.since(), state.run_times.of(key)))
+            lines.append(DemandLine(key, lane.group, lane.count, slack, lane.since(), state.run_seconds(lane)))
     return lines
 
 
@@ -68,15 +69,35 @@ def place(state: ShardState, batch: Batch) -> None:
     """Bind what can be bound, freed slots first. Slots that find no task lapse."""
     binding = _Binding(state, batch)
     for (key, cluster, generation), count in state.slots.items():
-        binding.fill(key, cluster, generation, count)
+        if _may_refill(state, key, cluster):
+            binding.fill(key, cluster, generation, count)
     state.slots.clear()
     grants: list[Grant] = []
     for grant in state.grants:
+        _remember(state, grant)
         left = grant.count - binding.fill(grant.group, grant.cluster, grant.generation, grant.count)
         if left:
             grants.append(dataclasses.replace(grant, count=left) if left != grant.count else grant)
     state.grants = grants
     binding.emit()
+
+
+def _may_refill(state: ShardState, key: str, cluster: str) -> bool:
+    """Whether a freed place there may serve what is ready now. Places in a queue are for work that is known to be short only
+    (`core.queues`): if it is not any more, they go back to the leader."""
+    lane = state.lanes.get(key)
+    return lane is None or (key, cluster) in state.slotted or short(state.run_seconds(lane))
+
+
+def _remember(state: ShardState, grant: Grant) -> None:
+    """A leader permits queue places only to what is known to be short. Any other permission means that slots are free there, so
+    nothing waits."""
+    lane = state.lanes.get(grant.group)
+    if lane is not None and lane.count:
+        if short(state.run_seconds(lane)):
+            state.slotted.discard((grant.group, grant.cluster))
+        else:
+            state.slotted.add((grant.group, grant.cluster))
 
 
 class _Binding:
@@ -118,6 +139,9 @@ class _Binding:
             if want is None:
                 # It changed since it was queued, or is held: its standing says when to come back.
                 state.review.append((run.uid, task))
+                continue
+            if state.raise_level(run, task):
+                state.enter_lane(run, task, now)  # it was given artifacts or a checkpoint after it was queued
                 continue
             self._pick(run, task, want, cluster, generation)
             used += 1

@@ -19,10 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from control_plane.core.capacity import Need, Room, Shape, need_of, size_of
 from control_plane.core.offers import Holding, Offer
 from control_plane.core.reasons import slots
+from control_plane.core.run_times import HORIZON, short
 
-HORIZON = 0.25
-"""Seconds within which a cluster must get through all that it holds, if some of it only waits. Smaller: slots idle while a hop takes
-longer than the queue lasts; larger: urgent work waits longer, and another cluster that falls idle finds nothing left to take."""
+__all__ = ["HORIZON", "SHORTEST", "Queues", "room_of"]
 
 SHORTEST = 0.001
 """Seconds that a task takes at least, whatever was measured: agents tell whole milliseconds, and a task that does nothing still
@@ -67,8 +66,8 @@ class Queues:
         holdings: Iterable[Holding],
         runs: Mapping[str, float],
     ) -> None:
-        """`runs`: learned run times in seconds by key of group; `holdings` with what this plan has granted."""
-        self._sizes, self._runs = sizes, runs
+        """`runs`: learned run times of what is held, seconds by key of group."""
+        self._sizes = sizes
         self._index = {offer.facts.uid: i for i, offer in enumerate(offers)}
         self._filled = [0.0] * len(offers)
         """Share of the cluster's slots that is taken; above 1 something waits."""
@@ -82,34 +81,29 @@ class Queues:
         for holding in holdings:
             i = self._index.get(holding.cluster)
             if i is not None:
-                self.hold(i, holding.key, need_of(holding.group.resources), holding.count)
+                self.hold(i, need_of(holding.group.resources), holding.count, runs.get(holding.key, 0.0))
 
-    def short(self, key: str) -> float:
-        """Seconds that a task of the group takes, if it may be queued at all; else 0."""
-        run = self._runs.get(key, 0.0)
-        return max(run, SHORTEST) if 0.0 < run <= HORIZON else 0.0
-
-    def hold(self, i: int, key: str, need: Need, count: int) -> None:
-        """So many tasks of a group are held, or were just permitted."""
+    def hold(self, i: int, need: Need, count: int, run: float) -> None:
+        """So many tasks that take `run` seconds (0: not known) are held, or were just permitted."""
         fits = slots(self._sizes[i], need)
         self._left[i] -= count
         if fits <= 0:
             return
-        share, run = count / fits, self.short(key)
+        share = count / fits
         self._filled[i] += share
-        self._seconds[i] += share * self._runs.get(key, 0.0)
-        if run:
-            self._drain[i] += share * run
+        self._seconds[i] += share * run
+        if short(run):
+            self._drain[i] += share * max(run, SHORTEST)
         else:
             self._long[i] += share
 
-    def fit(self, i: int, key: str, need: Need) -> int:
-        """How many tasks of a group may still be queued on a cluster."""
-        run, fits = self.short(key), slots(self._sizes[i], need)
+    def fit(self, i: int, need: Need, run: float) -> int:
+        """How many tasks that take `run` seconds may still be queued on a cluster."""
+        fits = slots(self._sizes[i], need)
         seconds = HORIZON * (1.0 - self._long[i]) - self._drain[i]
-        if not run or fits <= 0 or seconds <= 0.0:
+        if not short(run) or fits <= 0 or seconds <= 0.0:
             return 0
-        whole = int(seconds * fits / run + 1e-6)  # sums of fractions fall short of whole tasks
+        whole = int(seconds * fits / max(run, SHORTEST) + 1e-6)  # sums of fractions fall short of whole tasks
         return max(0, min(whole, self._left[i]))
 
     def waits(self, cluster: str) -> bool:

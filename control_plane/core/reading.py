@@ -58,7 +58,6 @@ def attempt_view(run: Run, attempt: Attempt) -> AttemptView:
         cluster=attempt.cluster,
         generation=attempt.generation,
         state=attempt.state,
-        group=run.lanes[attempt.id.task].key,
         hedge=attempt.hedge,
         overlap=attempt.overlap,
         evidence=attempt.evidence,

@@ -125,6 +125,20 @@ def _not_open(_group: Group, offers: Sequence[Offer]) -> str:
     return ", ".join(states) + more
 
 
+def _able(group: Group, offer: Offer) -> bool:
+    return offer.level >= group.level
+
+
+def _not_able(group: Group, offers: Sequence[Offer]) -> str:
+    versions = [f"{each.facts.name} runs {each.facts.agent_version or 'an unknown version'}" for each in offers[:NAMED]]
+    more = f" and {len(offers) - NAMED} more are as old" if len(offers) > NAMED else ""
+    return (
+        f"starts from artifacts, a checkpoint or stored code: no cluster with an agent of feature level {group.level}; "
+        + ", ".join(versions)
+        + more
+    )
+
+
 def _reported(_group: Group, offer: Offer) -> bool:
     return offer.shapes is not None
 
@@ -140,6 +154,7 @@ _FILTERS: tuple[Filter, ...] = (
     (_isolated, _not_isolated),
     (_serves, _not_served),
     (_open, _not_open),
+    (_able, _not_able),
     (_reported, _not_reported),
 )
 

@@ -102,6 +102,8 @@ def _started(state: ShardState, command: TakeReports, batch: Batch) -> None:
         found = _reported(state, command.cluster, id_)
         if found and found[1].state is AttemptState.PLACED and found[0].is_live(found[1]):
             columns.setdefault(id_.run, {})[id_] = start
+            # Agents tell the start of what does not end soon: long work is known as such before its first end.
+            _learn(state, found[0], id_.task, batch.now - start)
     for run, starts in columns.items():
         tasks, ns = tuple(i.task for i in starts), tuple(i.n for i in starts)
         batch.emit(AttemptsStarted(run, tasks, ns, tuple(starts.values())))
@@ -129,7 +131,8 @@ def _finished(state: ShardState, command: TakeReports, batch: Batch) -> set[Atte
                 row = (*row[:2], AttemptState.FAILED, False, row[4], b"", fault[:MESSAGE_LIMIT], *row[7:])
             if row[2] is AttemptState.SUCCEEDED:
                 succeeded.add(task)
-                _learn(state, run, finish)
+                if finish.start:
+                    _learn(state, run, id_.task, finish.end - finish.start)
                 sizes[id_.run] = used + weight(row[5])
             gone.add(id_)
             rows.setdefault(id_.run, []).append(row)
@@ -146,12 +149,12 @@ def _finished(state: ShardState, command: TakeReports, batch: Batch) -> set[Atte
     return gone
 
 
-def _learn(state: ShardState, run: Run, finish: Finish) -> None:
+def _learn(state: ShardState, run: Run, task: int, seconds: float) -> None:
     """So long a slot was busy with it (`core.run_times`). Work that is not copied when its cluster is lost (F7) teaches nothing: what
     is queued of it would wait out the loss there, although it was never started."""
-    task = finish.attempt.task
-    if finish.start and run.tasks[task].spec.on_cluster_lost is OnClusterLost.RERUN_AFTER_FENCE:
-        state.run_times.learn(run.lanes[task].key, finish.end - finish.start)
+    spec = run.tasks[task].spec
+    if spec.on_cluster_lost is OnClusterLost.RERUN_AFTER_FENCE:
+        state.run_times.learn(run.lanes[task].key, spec.program, seconds)
 
 
 def _row(finish: Finish, used: int) -> Row:

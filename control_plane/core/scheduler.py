@@ -32,6 +32,7 @@ from control_plane.core.model import ClusterFacts, Resources
 from control_plane.core.offers import Granted, Holding, Plan, Snapshot, Want
 from control_plane.core.queues import Queues, room_of
 from control_plane.core.reasons import candidates, reason_for, slots
+from control_plane.core.run_times import short
 
 __all__ = ["HEADROOM", "MAX_GRANT", "SHARE_STEP", "URGENT_SLACK", "place"]
 
@@ -154,7 +155,9 @@ class _Board:
         self._shares = self._held(snapshot.holdings, snapshot.weights)
         self._queues = Queues(self.offers, self._sizes, snapshot.holdings, snapshot.runs)
         self._shut: set[int] = set()
-        """Clusters where somebody waits for a slot who may not be queued: nobody else may be, then."""
+        """Clusters where a higher class waits for a slot and may not be queued: nobody else may be, then."""
+        self._first: dict[int, dict[str, _Order]] = defaultdict(dict)
+        """Cluster -> namespace -> the first of this class that waits there so."""
         self.quotas = _Quotas(snapshot)
 
     def _held(self, holdings: Iterable[Holding], weights: Mapping[str, float]) -> dict[str, float]:
@@ -209,7 +212,7 @@ class _Board:
             i = chosen[position]
             if count:
                 self.rooms[i].take(ticket.need, count)
-                self._queues.hold(i, ticket.want.key, ticket.need, count)
+                self._queues.hold(i, ticket.need, count, ticket.want.run_seconds)
                 ticket.got(self.offers[i].facts, count)
         return wanted
 
@@ -220,18 +223,29 @@ class _Board:
 
     def queues_for(self, ticket: _Ticket, chosen: list[int]) -> tuple[list[int], int]:
         """Places in queues by candidate."""
-        fits = [0 if i in self._shut else self._queues.fit(i, ticket.want.key, ticket.need) for i in chosen]
+        run = ticket.want.run_seconds
+        fits = [0 if self._kept_out(ticket, i) else self._queues.fit(i, ticket.need, run) for i in chosen]
         return fits, sum(fits)
 
+    def _kept_out(self, ticket: _Ticket, i: int) -> bool:
+        """Whether somebody waits for a slot there who may not be queued, and would come before the ticket: a higher class, another
+        namespace, or who is first in its own."""
+        waiting = self._first.get(i, {})
+        own = waiting.get(ticket.want.group.namespace)
+        return i in self._shut or len(waiting) > (own is not None) or (own is not None and own < ticket.order())
+
     def queue(self, tickets: list[_Ticket]) -> None:
-        """One priority class: what is short takes places in queues. Who must wait for a slot keeps its class and those below out
-        of the queues where it waits."""
+        """One priority class: what is short takes places in queues. Who must wait for a slot keeps those that come after it out of
+        the queues where it waits."""
         waiting = [t for t in tickets if t.left and not self.quotas.reason(t.want.group.namespace)]
-        short = [t for t in waiting if self._queues.short(t.want.key)]
+        self._first.clear()
         for ticket in waiting:
-            if not self._queues.short(ticket.want.key):
-                self._shut.update(self.candidates(ticket))
-        self.serve([t for t in short if t.room_left], self.queues_for)
+            if not short(ticket.want.run_seconds):
+                for i in self.candidates(ticket):
+                    there, namespace = self._first[i], ticket.want.group.namespace
+                    there[namespace] = min(there.get(namespace, ticket.order()), ticket.order())
+        self.serve([t for t in waiting if t.room_left and short(t.want.run_seconds)], self.queues_for)
+        self._shut.update(self._first)
 
     def candidates(self, ticket: _Ticket) -> list[int]:
         """Indices of the clusters that may run the ticket's group, in order of name, whatever room they have."""

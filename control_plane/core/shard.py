@@ -27,6 +27,7 @@ from control_plane.core.image import run_image, shard_image
 from control_plane.core.invariants import check
 from control_plane.core.machine import Batch
 from control_plane.core.model import AttemptId, Group, Stamp, TaskState
+from control_plane.core.run_times import RunTimes
 from control_plane.core.state import WHOLE_RUN, ShardState
 from control_plane.core.views import (
     ArtifactView,
@@ -72,8 +73,9 @@ _HANDLERS: dict[type[Any], Callable[[ShardState, Any, Batch], object]] = {
 class RunShard:
     """One run shard (a `machine.Machine`), with its read side."""
 
-    def __init__(self) -> None:
-        self._state = ShardState()
+    def __init__(self, run_times: RunTimes | None = None) -> None:
+        """`run_times` may be shared by all shards of a replica: what a program takes does not depend on its run."""
+        self._state = ShardState(run_times)
         self._now = 0.0
 
     # --- machine ------------------------------------------------------------------------------------------------------
@@ -187,8 +189,8 @@ class RunShard:
         return (attempt.cluster, attempt.generation) if attempt is not None else None
 
     def run_seconds(self, group: str) -> float:
-        """Learned run time of a group's tasks, seconds; 0: not known."""
-        return self._state.run_times.of(group)
+        """Learned run time of a group's tasks, whatever they run, seconds; 0: not known."""
+        return self._state.run_times.mean(group)
 
     @property
     def wanting(self) -> bool:

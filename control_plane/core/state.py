@@ -13,9 +13,11 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import deque
+from dataclasses import replace
 
 from control_plane.core.catalog import Catalog
 from control_plane.core.commands import Grant, Outbox
+from control_plane.core.events import ARTIFACTS_LEVEL
 from control_plane.core.lanes import Lane
 from control_plane.core.model import (
     Admission,
@@ -41,7 +43,8 @@ CreateRun of the same name may have in flight. After it the edge's look into his
 class ShardState:
     """All of a run shard. Plain data with the operations that keep indices in step."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_times: RunTimes | None = None) -> None:
+        """`run_times`: what other shards have learned, too; by default nobody has."""
         # 1. folded
         self.runs: dict[str, Run] = {}
         self.requests = Requests()
@@ -71,7 +74,9 @@ class ShardState:
         self.grants: list[Grant] = []
         self.returning: frozenset[str] = frozenset()
         self.wait_reasons: dict[str, str] = {}
-        self.run_times = RunTimes()
+        self.run_times = run_times or RunTimes()
+        self.slotted: set[tuple[str, str]] = set()
+        """(lane key, cluster) of which all that is held was permitted for free slots; of others some may only wait there."""
         self.slots: dict[tuple[str, str, int], int] = {}
         """(lane key, cluster, generation) -> slots freed in this batch (C2)."""
         self.timers: list[tuple[float, int, str, int]] = []
@@ -89,23 +94,35 @@ class ShardState:
         header = run.header
         by_spec: dict[int, Lane] = {}
         for spec in run.specs:
-            group = Group(
-                header.namespace,
-                header.priority,
-                spec.resources,
-                spec.require_isolation,
-                spec.selector,
-                spec.clusters,
-                spec.tolerations,
+            by_spec[id(spec)] = self._lane(
+                Group(
+                    header.namespace,
+                    header.priority,
+                    spec.resources,
+                    spec.require_isolation,
+                    spec.selector,
+                    spec.clusters,
+                    spec.tolerations,
+                    ARTIFACTS_LEVEL if spec.python is not None and spec.python.stored else 0,
+                )
             )
-            lane = self._lane_of.get(group)
-            if lane is None:
-                lane = self._lane_of[group] = Lane(group)
-                self.lanes[lane.key] = lane
-            by_spec[id(spec)] = lane
-        for lane in {id(lane): lane for lane in by_spec.values()}.values():
-            lane.users += 1
         run.lanes = [by_spec[id(task.spec)] for task in run.tasks]
+        for lane in run.lanes:
+            lane.users += 1
+
+    def _lane(self, group: Group) -> Lane:
+        """The lane of a group."""
+        lane = self._lane_of.get(group)
+        if lane is None:
+            lane = self._lane_of[group] = Lane(group)
+            self.lanes[lane.key] = lane
+        return lane
+
+    def _part(self, lane: Lane) -> None:
+        """A task belongs to a lane no more."""
+        lane.users -= 1
+        if not lane.users:
+            del self.lanes[lane.key], self._lane_of[lane.group]
 
     def list_run(self, run: Run) -> None:
         """A sealed run becomes visible."""
@@ -126,10 +143,8 @@ class ShardState:
             self.unqueue(run, task)
         for attempt in run.stops.values():
             self._hold(run, attempt, -1)
-        for lane in {id(lane): lane for lane in run.lanes}.values():
-            lane.users -= 1
-            if not lane.users:
-                del self.lanes[lane.key], self._lane_of[lane.group]
+        for lane in run.lanes:
+            self._part(lane)
         self.names.pop((header.namespace, header.run_id), None)
         uids = self.by_namespace[header.namespace]
         uids.pop(bisect.bisect_left(uids, run.uid))
@@ -219,6 +234,7 @@ class ShardState:
     def enter_lane(self, run: Run, task: int, now: float) -> None:
         """A task waits for a place from now on (it may already do)."""
         if task not in run.tickets:
+            self.raise_level(run, task)
             self._serial += 1
             run.lanes[task].push(self._serial, now, run, task)
             self.outbox.demand = True
@@ -227,6 +243,28 @@ class ShardState:
         """A task waits for no place any more, if it did."""
         if run.tickets and run.lanes[task].leave(run, task):
             self.outbox.demand = True
+
+    def run_seconds(self, lane: Lane) -> float:
+        """Learned run time of the lane's ready tasks, 0 if it is not known."""
+        return self.run_times.of(lane.key, lane.programs)
+
+    def raise_level(self, run: Run, task: int) -> bool:
+        """From when a task starts from stored content (parents' artifacts, a checkpoint), only an agent that reads of it may have
+        it (J11): its lane becomes the one that says so, and the room that its attempts hold goes with it. Whether it moved; it
+        must hold no ticket."""
+        files, before = run.files, run.lanes[task]
+        if files is None or before.group.level >= ARTIFACTS_LEVEL or not files.given(task, run.tasks[task].parents):
+            return False
+        live = run.live.get(task, ())
+        holding = [each for each in run.history.get(task, ()) if each in live or each.id in run.stops]
+        for attempt in holding:
+            self._hold(run, attempt, -1)
+        after = run.lanes[task] = self._lane(replace(before.group, level=ARTIFACTS_LEVEL))
+        after.users += 1
+        self._part(before)
+        for attempt in holding:
+            self._hold(run, attempt, 1)
+        return True
 
     def wake_at(self, wall: float, run: str, task: int) -> None:
         """Look at a task, or at a whole run, at that time."""

@@ -42,7 +42,6 @@ class AttemptView:
     cluster: str
     generation: int
     state: AttemptState
-    group: str
     hedge: bool
     overlap: bool
     evidence: Evidence

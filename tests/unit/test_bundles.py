@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.bundles import BUNDLE_BYTES, BUNDLE_MESSAGES, join
+from baton.errors import LimitExceeded
 from baton.v1 import agent_pb2 as pb
 from control_plane.services.agents import GrpcAgentStream
+from control_plane.sessions import StreamClosed
 
 
 def response(number: int, size: int = 0) -> pb.SessionResponse:
@@ -99,6 +101,15 @@ async def test_a_bundle_from_an_agent_is_heard_in_order() -> None:
     await agent.hello(bundles=True)
     agent.say(*(pb.SessionRequest(heartbeat=pb.Heartbeat(seq=number)) for number in range(1, 4)))
     assert [(await agent.stream.receive()).heartbeat.seq for _ in range(3)] == [1, 2, 3]
+
+
+async def test_a_bundle_of_too_many_ends_the_stream() -> None:
+    agent = Agent()
+    await agent.hello(bundles=True)
+    agent.say(*(pb.SessionRequest(heartbeat=pb.Heartbeat(seq=1)) for _ in range(BUNDLE_MESSAGES + 2)))
+    with pytest.raises(StreamClosed):
+        await agent.stream.receive()
+    assert isinstance(agent.stream.broken, LimitExceeded)
 
 
 async def test_a_welcome_says_that_bundles_are_read() -> None:

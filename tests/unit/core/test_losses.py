@@ -375,7 +375,7 @@ def test_s6_adoption_rescues_work_that_waited_for_a_replacement() -> None:
     lose(shard)
     back(shard)
     shard.inventory(held(first, Phase.RUNNING), number=2)
-    shard.grant("b", key=shard.machine.attempt(first).group)  # type: ignore[union-attr]
+    shard.grant("b", key=shard.machine.group_of(first))
     assert shard.only() == first
     shard.settled()
     assert shard.machine.demand() == []

@@ -182,6 +182,14 @@ def test_demand_says_what_a_task_of_the_group_took() -> None:
     assert [line.run_seconds for line in shard.machine.demand(START)] == [pytest.approx(0.04)]
 
 
+def test_a_start_that_is_told_by_itself_says_that_it_takes_long() -> None:
+    shard = Shard(facts("a"))
+    shard.create(*(task(f"t{i}") for i in range(4)))
+    shard.grant("a")
+    shard.do(TakeReports("a", 1, started=((shard.only(0), START - 0.5),)))
+    assert [line.run_seconds for line in shard.machine.demand(START)] == [pytest.approx(0.5)]
+
+
 def test_f7_work_that_is_not_copied_is_never_taken_for_short() -> None:
     shard = Shard(facts("a"))
     shard.create(*(task(f"t{i}", on_cluster_lost=OnClusterLost.WAIT) for i in range(4)))
@@ -189,3 +197,24 @@ def test_f7_work_that_is_not_copied_is_never_taken_for_short() -> None:
     done = Finish(shard.only(0), Outcome.SUCCEEDED, 0, b"", "", START, START + 0.04)
     shard.do(TakeReports("a", 1, finished=(done,)))
     assert [line.run_seconds for line in shard.machine.demand(START)] == [0.0]
+
+
+def test_c2_a_place_in_a_queue_serves_only_what_is_known_to_be_short() -> None:
+    """A leader may have permitted it beyond the slots: work that takes a minute would wait there while another cluster is free."""
+    shard = Shard(facts("a"))
+
+    def finish_one() -> list[str]:
+        before = set(shard.machine.live_on("a"))
+        done = Finish(min(before), Outcome.SUCCEEDED, 0, b"", "", START, START + 0.04)
+        shard.do(TakeReports("a", 1, finished=(done,)))
+        return [new.run for new in set(shard.machine.live_on("a")) - before]
+
+    shard.create(*(task(f"t{i}") for i in range(20)))
+    shard.grant("a")
+    assert finish_one() == ["r1"], "a slot serves whatever is ready"
+    shard.grant("a", 5)
+    assert finish_one() == ["r1"], "and so does a queue place while all that is ready is short"
+    shard.create(*(task(f"u{i}", argv=("another",)) for i in range(20)), uid="r2")
+    assert finish_one() == [], "nobody knows how long the others take"
+    shard.grant("a")
+    assert len(finish_one()) == 1, "slots were free, so nothing waits there"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from control_plane.core.capacity import Shape
 from control_plane.core.model import Admission, ClusterFacts, Generation, Group, Health, Resources
 from control_plane.core.offers import Holding, Offer, Plan, Snapshot, Want
 from control_plane.core.queues import HORIZON, SHORTEST, room_of
-from control_plane.core.run_times import MAX_GROUPS, TICK, RunTimes
+from control_plane.core.run_times import MAX_MIXED, MAX_PROGRAMS, TICK, RunTimes
 from control_plane.core.scheduler import place
 
 NOW = 1000.0
@@ -41,6 +42,7 @@ def holding(of: Group, count: int, *, at: str = "eu", shard: str = "00") -> Hold
 
 def plan_of(offers: list[Offer], wants: list[Want], runs: dict[Group, float], *held: Holding, **more: Any) -> Plan:
     times = {of.key(): seconds for of, seconds in runs.items()}
+    wants = [replace(each, run_seconds=times.get(each.key, 0.0)) for each in wants]
     return place(Snapshot(tuple(offers), tuple(wants), held, runs=times, **more), NOW)
 
 
@@ -102,6 +104,19 @@ def test_who_must_wait_for_a_slot_keeps_its_class_and_those_below_out_of_the_que
     assert (got(plan, short), got(plan, below)) == (50, 0)
 
 
+def test_who_comes_later_in_a_namespace_keeps_nobody_out() -> None:
+    short, later = want(group()), want(group(label="x"), 5, slack=900.0)
+    facts = offer().facts
+    at = Offer(
+        ClusterFacts(facts.uid, "eu", facts.health, facts.admission, facts.generations, (("x", "1"),)),
+        offer().shapes,
+        queue_limit=LIMIT,
+    )
+    assert got(plan_of([at], [short, later], {short.group: 0.01}), short) == 50
+    first = want(group(label="x"), 5, slack=1.0)
+    assert got(plan_of([at], [short, first], {short.group: 0.01}), short) == 0
+
+
 def test_queues_are_shared_by_weight_like_slots() -> None:
     a, b = want(group("a")), want(group("b"))
     runs = {a.group: 0.001, b.group: 0.001}
@@ -161,28 +176,48 @@ def test_c4_room_is_what_is_not_held(slots: int, before: int, ended: int) -> Non
     assert room.fit((("cpu", 1000),)) == max(0, slots - (before - ended))
 
 
+P, Q = ("steps:run", "sha"), ("steps:walk", "sha")
+
+
 def test_run_times_rise_fast_and_fall_slowly() -> None:
     times = RunTimes()
-    assert times.of("g") == 0.0
-    times.learn("g", 0.0)
-    assert times.of("g") == TICK
-    times.learn("g", 60.0)
-    assert times.of("g") > 5.0, "one task of a minute closes a queue"
+    assert times.of("g", [P]) == 0.0
+    times.learn("g", P, 0.0)
+    assert times.of("g", [P]) == TICK
+    times.learn("g", P, 60.0)
+    assert times.of("g", [P]) > 5.0, "one task of a minute closes a queue"
     for _ in range(20):
-        times.learn("g", 0.001)
-    assert times.of("g") > HORIZON, "twenty short ones do not open it again"
+        times.learn("g", P, 0.001)
+    assert times.of("g", [P]) > HORIZON, "twenty short ones do not open it again"
     for _ in range(200):
-        times.learn("g", 0.001)
-    assert times.of("g") < 0.01
-    times.learn("g", 0.1)
-    assert times.of("g") < 0.02, "one slow start does not empty it"
-    times.learn("g", -5.0)
-    assert times.of("g") > 0.0, "a clock that stepped back says nothing"
+        times.learn("g", P, 0.001)
+    assert times.of("g", [P]) < 0.01
+    times.learn("g", P, 0.1)
+    assert times.of("g", [P]) < 0.02, "one slow start does not empty it"
+    times.learn("g", P, -5.0)
+    assert times.of("g", [P]) > 0.0, "a clock that stepped back says nothing"
 
 
-def test_run_times_are_bounded() -> None:
+def test_a_group_is_as_slow_as_the_slowest_program_that_is_ready() -> None:
     times = RunTimes()
-    for number in range(MAX_GROUPS + 10):
-        times.learn(str(number), 1.0)
-    assert times.of("0") == 0.0
-    assert times.of(str(MAX_GROUPS + 9)) == 1.0
+    times.learn("g", P, 0.001)
+    assert times.of("g", [P, Q]) == 0.0, "what never ran is unknown, whatever ran before it"
+    times.learn("g", Q, 0.1)
+    assert times.of("g", [P, Q]) == 0.1
+    assert 0.001 < times.mean("g") < 0.1
+    assert times.of("other", [P]) == 0.0
+    many = [(f"f{n}", "") for n in range(MAX_MIXED + 1)]
+    for program in many:
+        times.learn("g", program, 0.001)
+    assert times.of("g", many[1:]) == pytest.approx(0.001)
+    assert times.of("g", many) == 0.0, "too many to look at"
+
+
+def test_run_times_are_bounded_and_the_one_unused_longest_goes() -> None:
+    times = RunTimes()
+    for number in range(MAX_PROGRAMS):
+        times.learn(str(number), P, 1.0)
+    times.learn("0", P, 1.0)
+    times.learn("new", P, 1.0)
+    assert (times.of("0", [P]), times.of("new", [P]), times.of("1", [P])) == (1.0, 1.0, 0.0)
+    assert (times.mean("0"), times.mean("1")) == (1.0, 0.0)
