@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from control_plane.core.events import AttemptsFinished, AttemptsLost
 from control_plane.core.model import AttemptState
-from lab.simulation.checkers import Violation, judge
+from lab.checking.history import Violation
+from lab.checking.judging import judge
+from lab.simulation import sabotage
 from lab.simulation.faults import KINDS
 from lab.simulation.record import tally
+from lab.simulation.removal import swapped
 from lab.simulation.story import tell
-from lab.simulation.world import Outcome, Shape, simulate
+from lab.simulation.world import LIVELY, Outcome, Shape, simulate
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,43 +78,78 @@ def verdict_of(outcome: Outcome, seconds: float) -> Verdict:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0 if every promise was kept, 1 if not."""
     options = _parse(arguments)
-    shape = Shape(faults=tuple(options.faults.split(",")) if options.faults else KINDS)
+    if options.sabotage:
+        return _sabotage(options)
+    faults = tuple(options.faults.split(",")) if options.faults else KINDS
+    shape = replace(LIVELY if options.liveness else Shape(), faults=faults)
     unknown = set(shape.faults) - set(KINDS)
     if unknown:
         print(f"sim: no fault class {sorted(unknown)}; there are: {', '.join(KINDS)}", file=sys.stderr)
         return 2
     if options.seed is not None:
         return _one(options.seed, shape, whole=options.all)
-    begin = time.perf_counter()
+    begin, base = time.perf_counter(), options.seed_base or 0
     verdicts: list[Verdict] = []
-    for verdict in _many(range(options.seed_base, options.seed_base + options.seeds), shape, options.jobs):
+    for verdict in _many(range(base, base + options.seeds), shape, options.jobs):
         verdicts.append(verdict)
         if verdict.violations:
             worst = verdict.violations[0]
             print(f"seed {verdict.seed}: {worst.invariant} at {worst.at:.1f} s: {worst.text}")
             chosen = f" --faults {shlex.quote(options.faults)}" if options.faults else ""
+            chosen += " --liveness" * options.liveness
             print(f"    reproduce: scripts/sim --seed {verdict.seed}{chosen}", flush=True)
     return _sum_up(verdicts, time.perf_counter() - begin)
+
+
+def _sabotage(options: argparse.Namespace) -> int:
+    """The checks are checked."""
+    if options.sabotage == "list":
+        print(*sabotage.listing(), sep="\n")
+        return 0
+    names = sabotage.chosen(options.sabotage)
+    if names is None:
+        print(f"sim: unknown removal; there are: {', '.join(sabotage.REMOVALS)}", file=sys.stderr)
+        return 2
+    if options.seed is None:
+        return sabotage.hunt_all(names, options.seed_base, options.jobs)
+    removal = sabotage.REMOVALS[names[0]]
+    with swapped((*removal.setting, *removal.swaps)):
+        return _one(options.seed, removal.shape, whole=options.all)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sim", description="Deterministic simulation of a whole federation.")
     parser.add_argument("--seeds", type=int, default=20, help="how many seeds (default 20)")
-    parser.add_argument("--seed-base", type=int, default=0, help="the first seed (default 0)")
+    parser.add_argument(
+        "--seed-base", type=int, help="the first seed (default 0; with --sabotage: each one's known seed)"
+    )
     parser.add_argument("--seed", type=int, help="replay one seed and tell its story")
     parser.add_argument("--all", action="store_true", help="with --seed: the whole story, not only its important part")
+    parser.add_argument(
+        "--liveness", action="store_true", help="demand progress after healing: no deadline ends what is stuck"
+    )
+    parser.add_argument(
+        "--sabotage",
+        default="",
+        metavar="NAMES",
+        help="remove safety mechanisms, one at a time, until each is caught: `all`, names, or `list`; with --seed: its story",
+    )
     parser.add_argument("--faults", default="", help="only these classes of faults, separated by commas")
-    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--jobs", type=int, default=cores, help=f"processes (default: one per core, here {cores})")
     return parser.parse_args(arguments)
 
 
 def _many(seeds: range, shape: Shape, jobs: int) -> Iterator[Verdict]:
+    jobs = min(jobs, len(seeds))
     if jobs <= 1:
         for seed in seeds:
             yield try_seed(seed, shape)
         return
     with ProcessPoolExecutor(jobs) as pool:
-        yield from pool.map(try_seed, seeds, [shape] * len(seeds))
+        # A few at a time: the answer of a seed costs a switch of processes, and the last ones must not wait for one process.
+        chunk = max(1, min(8, len(seeds) // (4 * jobs)))
+        yield from pool.map(try_seed, seeds, [shape] * len(seeds), chunksize=chunk)
 
 
 def _one(seed: int, shape: Shape, *, whole: bool) -> int:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from control_plane.store.base import Delete, Get, Put, TxnResult, WatchEvent
 from control_plane.store.memory import CallFault, KeepaliveFault, MemoryEtcd, Outcome, WatchFault
 from control_plane.store.memory_keyspace import Keyspace
-from lab.simulation.nodes import Node
+from control_plane.store.memory_server import Answer
+from lab.simulation.nodes import NODE, Node
 from lab.virtual_time import VirtualClock
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,8 @@ class Revision:
     at: float
     number: int
     events: tuple[WatchEvent, ...]
+    writer: str = ""
+    """Node that sent the request; empty for etcd's own doing."""
 
 
 class RecordedKeyspace(Keyspace):
@@ -37,6 +42,8 @@ class RecordedKeyspace(Keyspace):
     def __init__(self) -> None:
         super().__init__()
         self.record: list[Revision] = []
+        self.writer = ""
+        """Who is being served just now."""
 
     def run(self, ops: Iterable[Put | Delete | Get], succeeded: bool) -> TxnResult:
         """See `Keyspace.run`."""
@@ -44,7 +51,7 @@ class RecordedKeyspace(Keyspace):
         result = super().run(ops, succeeded)
         if self.revision != before:
             now = asyncio.get_running_loop().time()
-            self.record.append(Revision(now, self.revision, tuple(self._history[-1])))
+            self.record.append(Revision(now, self.revision, tuple(self._history[-1]), self.writer))
         return result
 
 
@@ -57,8 +64,24 @@ class SimEtcd(MemoryEtcd):
         self.recorded = RecordedKeyspace()
         self.keyspace = self.recorded
 
+    def deliver(self, delay: float, work: Callable[[], T]) -> asyncio.Future[Answer[T] | None]:
+        """See `MemoryEtcd.deliver`; what it writes is signed with the sender's name."""
+        sender = NODE.get()
+
+        def signed() -> T:
+            self.recorded.writer = sender.name if sender is not None else ""
+            try:
+                return work()
+            finally:
+                self.recorded.writer = ""
+
+        return super().deliver(delay, signed)
+
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         self._node.run(partial(super()._start, work))
+
+    def _after(self, delay: float, act: Callable[[], None]) -> None:
+        self._node.run(partial(self.clock.later, delay, act))
 
 
 @dataclass(slots=True)
@@ -70,6 +93,9 @@ class Weather:
     lost_reply: float = 0.0
     late: float = 0.0
     slow: float = 0.0
+    slow_txn: float = 0.0
+    """As `slow` and `late`, of transactions alone: a disk that syncs slowly hurts nobody else."""
+    late_txn: float = 0.0
     watch_slow: float = 0.0
     watch_broken: float = 0.0
     watch_twice: float = 0.0
@@ -101,19 +127,19 @@ class SeededStoreFaults:
         if weather is CALM:
             return CallFault(latency=there, reply_latency=back)
         if weather.cut:
-            self.hits["store cut off"] += 1
+            self.hits["store call cut off"] += 1
             return CallFault(Outcome.LOST_REQUEST, latency=there + 60.0)
         for outcome, chance in (
             (Outcome.REFUSED, weather.refused),
             (Outcome.LOST_REQUEST, weather.lost_request),
             (Outcome.LOST_REPLY, weather.lost_reply),
-            (Outcome.LATE, weather.late),
+            (Outcome.LATE, weather.late + weather.late_txn * (op == "txn")),
         ):
             if rng.random() < chance:
                 self.hits[f"store {outcome.value}{' (txn)' if op == 'txn' else ''}"] += 1
                 wait = rng.choice((0.05, 1.0, 4.0))
                 return CallFault(outcome, latency=there + wait, late=rng.uniform(0.1, 12.0))
-        if rng.random() < weather.slow:
+        if rng.random() < weather.slow or (op == "txn" and rng.random() < weather.slow_txn):
             self.hits["store slow"] += 1
             there += rng.uniform(0.1, 3.0)
         return CallFault(latency=there, reply_latency=back)

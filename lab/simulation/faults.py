@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
-from control_plane.store import keys
+from lab.checking.history import Owned, Restored
+from lab.simulation import faults_rare as rare
+from lab.simulation import faults_store as at_store
 from lab.simulation.chance import chance
 from lab.simulation.etcd import CALM, Weather
+from lab.simulation.nodes import Life
+from lab.simulation.sieges import BEGIN, SIEGES, besiege, blind
 
 if TYPE_CHECKING:
     from lab.simulation.world import World
 
-PACE = 4.0
+PACE = 6.0
 """Mean seconds between two faults of a seed."""
+
+OUTAGES = (2.0, 8.0, 24.0, 32.0, 40.0)
+"""Seconds for which a cluster is out of sight: from a hiccup to twice L + G of the leases (20 s)."""
+
+SECOND = "second agent of one name"
 
 GUARD_PAUSE = 1.9
 """Longest freeze of a guard together with its agent: below P of the leases (2 s); a longer one is the stated limit of `timed`."""
@@ -28,11 +38,20 @@ class Nemesis:
     """Strikes a world."""
 
     def __init__(self, world: World) -> None:
-        self._world = world
-        self._rng = chance("nemesis", world.seed)
+        self.world = world
+        self.rng = chance("nemesis", world.seed)
         self._mending: list[Callable[[], None]] = []
         self.notes: list[tuple[float, str]] = []
-        self.strikes = {
+        self.healed = False
+        """Nothing new strikes from here on."""
+        self.backups = 0
+        self.restored: list[Restored] = []
+        self.owners: list[Owned] = []
+        """Owner keys as restores left them."""
+        self.started: list[asyncio.Task[None]] = []
+        """What strikes have begun, held so that it is not collected."""
+        self.operator: asyncio.Task[None] | None = None
+        self.strikes: dict[str, Callable[[], str]] = {
             "replica killed": self._kill_replica,
             "replica frozen": self._freeze_replica,
             "replica left in order": self._leave_replica,
@@ -49,39 +68,52 @@ class Nemesis:
             "partition of a cluster": self._part_cluster,
             "one-way cut of a cluster": self._cut_cluster,
             "partition of replicas": self._part_replicas,
-            "store storm": self._storm,
-            "store cut off": self._cut_store,
-            "store without quorum": self._lose_quorum,
-            "store leader changed": self._change_leader,
-            "lease expired": self._expire,
-            "watch trouble": self._trouble_watches,
-            "store compacted": self._compact,
+            "store storm": partial(at_store.storm, self),
+            "store cut off": partial(at_store.cut_store, self),
+            "store without quorum": partial(at_store.lose_quorum, self),
+            "store leader changed": partial(at_store.change_leader, self),
+            "lease expired": partial(at_store.expire_lease, self),
+            "watch trouble": partial(at_store.trouble_watches, self),
+            "store compacted": partial(at_store.compact, self),
             "a third of the clusters gone": self._storm_of_clusters,
+            "glimpse of a cluster": partial(rare.glimpse, self),
+            "store sluggish": partial(rare.slow_store, self),
+            "store restored": partial(rare.restore_store, self),
+            "message repeated": partial(rare.repeat_messages, self),
+            "request repeated": partial(rare.repeat_request, self),
+            SECOND: partial(rare.second_agent, self),
         }
 
     async def run(self, seconds: float) -> None:
         """Strike for so long."""
-        kinds = [kind for kind in self._world.shape.faults if kind in self.strikes]
+        kinds = [kind for kind in self.world.shape.faults if kind in self.strikes]
         if not kinds:
             return
-        chosen = self._rng.sample(kinds, min(len(kinds), self._rng.choice((1, 2, 4, 6, 8, 12))))
-        end = asyncio.get_running_loop().time() + seconds
-        await asyncio.sleep(self._rng.uniform(1.0, 6.0))
+        count = self.rng.choice((1, 2, 4, 6, 8, 12)) if self.world.shape.swarm else len(kinds)
+        chosen = self.rng.sample(kinds, min(len(kinds), count))
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        sieges = [kind for kind in SIEGES if kind in kinds]
+        if sieges and self.rng.random() < self.world.shape.sieges:
+            loop.call_later(self.rng.uniform(*BEGIN), besiege, self, self.rng.choice(sieges))
+        await asyncio.sleep(self.rng.uniform(1.0, 6.0))
         while asyncio.get_running_loop().time() < end:
-            kind = self._rng.choice(chosen)
-            self._note(kind, self.strikes[kind]())
-            await asyncio.sleep(self._rng.expovariate(1.0 / PACE))
+            kind = self.rng.choice(chosen)
+            self.note(kind, self.strikes[kind]())
+            await asyncio.sleep(self.rng.expovariate(1.0 / self.world.shape.pace))
 
-    def _note(self, kind: str, detail: str) -> None:
-        self._world.hits[kind] += 1
+    def note(self, kind: str, detail: str) -> None:
+        """Count a strike, and write it down."""
+        self.world.hits[kind] += 1
         self.notes.append((asyncio.get_running_loop().time(), f"{kind}: {detail}"))
 
     def heal(self) -> None:
         """Mend everything."""
+        self.healed = True
         for mend in self._mending:
             mend()
         self._mending.clear()
-        world = self._world
+        world = self.world
         world.ground.links.heal_all()
         for replica in world.replicas:
             replica.faults.weather = CALM
@@ -90,7 +122,7 @@ class Nemesis:
             cluster.start()
         self.notes.append((asyncio.get_running_loop().time(), "everything is healed"))
 
-    def _later(self, seconds: float, mend: Callable[[], None]) -> None:
+    def later(self, seconds: float, mend: Callable[[], None]) -> None:
         """Mend once: then, or when all is healed."""
         done = False
 
@@ -103,48 +135,57 @@ class Nemesis:
         self._mending.append(once)
         asyncio.get_running_loop().call_later(seconds, once)
 
-    def _long(self) -> float:
+    def long(self) -> float:
         """A duration: mostly short, sometimes beyond every lease."""
-        return self._rng.choice((0.3, 1.5, 4.0, 10.0, 18.0, 25.0, 35.0)) * self._rng.uniform(0.5, 1.5)
+        return self.rng.choice((0.3, 1.5, 4.0, 10.0, 18.0, 25.0, 35.0)) * self.rng.uniform(0.5, 1.5)
 
     def _outage(self) -> float:
         """A duration for a cluster out of sight: often beyond L + G."""
-        return self._rng.choice((2.0, 8.0, 24.0, 32.0, 40.0)) * self._rng.uniform(0.7, 1.3)
+        return self.rng.choice(self.world.shape.outages) * self.rng.uniform(0.7, 1.3)
 
     # -- processes -------------------------------------------------------------------------------------------------------
 
     def _kill_replica(self) -> str:
-        replica, gap = self._rng.choice(self._world.replicas), self._long()
+        replica, gap = self.rng.choice(self.world.replicas), self.long()
         replica.kill()
-        self._later(gap, replica.start)
+        self.later(gap, replica.start)
         return f"{replica.name}, back in {gap:.1f} s"
 
     def _freeze_replica(self) -> str:
-        replica, gap = self._rng.choice(self._world.replicas), self._long()
+        replica, gap = self.rng.choice(self.world.replicas), self.long()
         node = replica.node
         if node is not None:
             node.freeze()
-            self._later(gap, node.thaw)
+            self.later(gap, node.thaw)
         return f"{replica.name} for {gap:.1f} s"
 
     def _kill_agent(self) -> str:
-        cluster, gap = self._rng.choice(self._world.clusters), self._outage()
+        cluster, gap = self.rng.choice(self.world.clusters), self._outage()
+        blind(cluster)
         cluster.kill()
-        self._later(gap, cluster.start)
+        self.later(gap, cluster.start)
         return f"{cluster.name}, back in {gap:.1f} s"
 
     def _freeze_agent(self) -> str:
-        cluster, gap = self._rng.choice(self._world.clusters), self._outage()
+        cluster, gap = self.rng.choice(self.world.clusters), self._outage()
         node = cluster.node
         if node is not None:
+            blind(cluster)
             node.freeze()
-            self._later(gap, node.thaw)
+            self.later(gap, node.thaw)
         return f"{cluster.name} for {gap:.1f} s"
 
     def _leave_replica(self) -> str:
-        replica, gap = self._rng.choice(self._world.replicas), 12.0 + self._long()
+        replica, gap = self.rng.choice(self.world.replicas), 12.0 + self.long()
+        node = replica.node
         replica.leave()
-        self._later(gap, replica.start)
+
+        def start() -> None:
+            if replica.node is node:
+                replica.kill()  # frozen or slow: it is not waited for, or it would leave when all is healed
+            replica.start()
+
+        self.later(gap, start)
         return f"{replica.name}, back in {gap:.1f} s"
 
     def _leave_agent(self) -> str:
@@ -154,8 +195,9 @@ class Nemesis:
         return self._stop_agent(drain=True)
 
     def _stop_agent(self, *, drain: bool) -> str:
-        cluster, gap = self._rng.choice(self._world.clusters), self._outage()
+        cluster, gap = self.rng.choice(self.world.clusters), self._outage()
         node = cluster.node
+        blind(cluster)
         cluster.leave(drain=drain)
 
         def start() -> None:
@@ -163,61 +205,63 @@ class Nemesis:
                 cluster.kill()
             cluster.start()
 
-        self._later(gap, start)
+        self.later(gap, start)
         return f"{cluster.name}, back in {gap:.1f} s"
 
     def _fill_disk(self) -> str:
-        cluster, gap = self._rng.choice(self._world.clusters), self._long()
+        cluster, gap = self.rng.choice(self.world.clusters), self.long()
         disk = cluster.disk
-        disk.capacity = disk.used + self._rng.choice((0, 200))
+        disk.capacity = disk.used + self.rng.choice((0, 200))
 
         def empty() -> None:
             disk.capacity = None
 
-        self._later(gap, empty)
+        self.later(gap, empty)
         return f"{cluster.name} for {gap:.1f} s"
 
     def _step_wall(self) -> str:
         """Replicas are kept by NTP, more or less; what an agent thinks of the date must not matter (D1)."""
-        if self._rng.random() < 0.5:
-            replica, step = self._rng.choice(self._world.replicas), self._rng.uniform(-2.0, 2.0)
+        if self.rng.random() < 0.5:
+            replica, step = self.rng.choice(self.world.replicas), self.rng.uniform(-2.0, 2.0)
             replica.clock.step_wall(step)
             return f"{replica.name} by {step:.1f} s"
-        cluster, step = self._rng.choice(self._world.clusters), self._rng.uniform(-3000.0, 3000.0)
+        cluster, step = self.rng.choice(self.world.clusters), self.rng.uniform(-3000.0, 3000.0)
         cluster.clock.step_wall(step)
         return f"{cluster.name} by {step:.1f} s"
 
     def _kill_guard(self) -> str:
-        cluster = self._rng.choice(self._world.clusters)
+        cluster = self.rng.choice(self.world.clusters)
         cluster.host.kill_guard()
         return cluster.name
 
     def _freeze_guard(self) -> str:
-        cluster, gap = self._rng.choice(self._world.clusters), self._outage()
+        cluster, gap = self.rng.choice(self.world.clusters), self._outage()
+        if cluster.node is None or cluster.node.life is not Life.RUNS:
+            gap = min(gap, GUARD_PAUSE)  # nobody is there to see it, see `blind`
         cluster.host.freeze_guard()
-        self._later(gap, cluster.host.thaw_guard)
+        self.later(gap, cluster.host.thaw_guard)
         return f"{cluster.name} for {gap:.1f} s"
 
     def _freeze_host(self) -> str:
-        cluster, gap = self._rng.choice(self._world.clusters), self._rng.uniform(0.2, GUARD_PAUSE)
+        cluster, gap = self.rng.choice(self.world.clusters), self.rng.uniform(0.2, GUARD_PAUSE)
         node, host = cluster.node, cluster.host
         host.freeze_guard()
-        self._later(gap, host.thaw_guard)
+        self.later(gap, host.thaw_guard)
         if node is not None:
             node.freeze()
-            self._later(gap, node.thaw)
+            self.later(gap, node.thaw)
         return f"{cluster.name} for {gap:.1f} s"
 
     def _reboot(self) -> str:
-        cluster, gap = self._rng.choice(self._world.clusters), self._outage()
+        cluster, gap = self.rng.choice(self.world.clusters), self._outage()
         cluster.reboot()
-        self._later(gap, cluster.start)
+        self.later(gap, cluster.start)
         return f"{cluster.name}, up in {gap:.1f} s"
 
     # -- network ---------------------------------------------------------------------------------------------------------
 
-    def _cut(self, pairs: list[tuple[str, str]], gap: float) -> None:
-        links = self._world.ground.links
+    def cut(self, pairs: list[tuple[str, str]], gap: float) -> None:
+        links = self.world.ground.links
         for source, target in pairs:
             links.cut(source, target)
 
@@ -225,44 +269,44 @@ class Nemesis:
             for source, target in pairs:
                 links.heal(source, target)
 
-        self._later(gap, mend)
+        self.later(gap, mend)
 
     def _part_cluster(self) -> str:
-        cluster, gap = self._rng.choice(self._world.clusters), self._outage()
+        cluster, gap = self.rng.choice(self.world.clusters), self._outage()
         some = self._some_replicas()
-        self._cut([pair for name in some for pair in ((cluster.name, name), (name, cluster.name))], gap)
+        self.cut([pair for name in some for pair in ((cluster.name, name), (name, cluster.name))], gap)
         return f"{cluster.name} from {', '.join(some)} for {gap:.1f} s"
 
     def _cut_cluster(self) -> str:
-        cluster, gap = self._rng.choice(self._world.clusters), self._outage()
-        some, up = self._some_replicas(), self._rng.random() < 0.5
-        self._cut([(cluster.name, name) if up else (name, cluster.name) for name in some], gap)
+        cluster, gap = self.rng.choice(self.world.clusters), self._outage()
+        some, up = self._some_replicas(), self.rng.random() < 0.5
+        self.cut([(cluster.name, name) if up else (name, cluster.name) for name in some], gap)
         return f"{cluster.name} {'to' if up else 'from'} {', '.join(some)} for {gap:.1f} s"
 
     def _storm_of_clusters(self) -> str:
-        clusters, gap = self._world.clusters, self._rng.uniform(5.0, 45.0)
-        some = self._rng.sample(clusters, min(len(clusters), max(2, len(clusters) // 2)))
-        names = [replica.name for replica in self._world.replicas]
-        self._cut([p for c in some for n in names for p in ((c.name, n), (n, c.name))], gap)
+        clusters, gap = self.world.clusters, self.rng.uniform(5.0, 45.0)
+        some = self.rng.sample(clusters, min(len(clusters), max(2, len(clusters) // 2)))
+        names = [replica.name for replica in self.world.replicas]
+        self.cut([p for c in some for n in names for p in ((c.name, n), (n, c.name))], gap)
         return f"{', '.join(cluster.name for cluster in some)} for {gap:.1f} s"
 
     def _part_replicas(self) -> str:
-        if len(self._world.replicas) < 2:
+        if len(self.world.replicas) < 2:
             return "nobody"
-        one, other = self._rng.sample(self._world.replicas, 2)
-        gap = self._long()
+        one, other = self.rng.sample(self.world.replicas, 2)
+        gap = self.long()
         both = [(one.name, other.name), (other.name, one.name)]
-        self._cut(both[: self._rng.choice((1, 2))], gap)
+        self.cut(both[: self.rng.choice((1, 2))], gap)
         return f"{one.name} and {other.name} for {gap:.1f} s"
 
     def _some_replicas(self) -> list[str]:
-        names = [replica.name for replica in self._world.replicas]
-        return names if self._rng.random() < 0.6 else self._rng.sample(names, self._rng.randint(1, len(names)))
+        names = [replica.name for replica in self.world.replicas]
+        return names if self.rng.random() < 0.6 else self.rng.sample(names, self.rng.randint(1, len(names)))
 
     # -- store -----------------------------------------------------------------------------------------------------------
 
-    def _weather(self, weather: Weather, gap: float, *, all_replicas: bool) -> str:
-        some = self._world.replicas if all_replicas else [self._rng.choice(self._world.replicas)]
+    def weather(self, weather: Weather, gap: float, *, all_replicas: bool) -> str:
+        some = self.world.replicas if all_replicas else [self.rng.choice(self.world.replicas)]
         for replica in some:
             replica.faults.weather = weather
 
@@ -271,56 +315,8 @@ class Nemesis:
                 if replica.faults.weather is weather:
                     replica.faults.weather = CALM
 
-        self._later(gap, mend)
+        self.later(gap, mend)
         return f"{', '.join(replica.name for replica in some)} for {gap:.1f} s"
-
-    def _storm(self) -> str:
-        chance = self._rng.choice((0.03, 0.1, 0.3))
-        weather = Weather(
-            refused=chance * self._rng.random(),
-            lost_request=chance * self._rng.random(),
-            lost_reply=chance * self._rng.random(),
-            late=chance * self._rng.random(),
-            slow=chance * self._rng.random(),
-            stale_keepalive=chance * self._rng.random(),
-        )
-        return self._weather(weather, self._long(), all_replicas=self._rng.random() < 0.5)
-
-    def _cut_store(self) -> str:
-        return self._weather(Weather(cut=True), self._long(), all_replicas=False)
-
-    def _trouble_watches(self) -> str:
-        rng = self._rng
-        weather = Weather(
-            watch_slow=rng.choice((0.0, 0.2)),
-            watch_broken=rng.choice((0.0, 0.1)),
-            watch_twice=rng.choice((0.0, 0.2)),
-            watch_compacted=rng.choice((0.0, 0.05)),
-        )
-        return self._weather(weather, self._long(), all_replicas=rng.random() < 0.5)
-
-    def _lose_quorum(self) -> str:
-        etcd, gap, applied = self._world.ground.etcd, self._long(), self._rng.random() < 0.7
-        etcd.lose_quorum()
-        self._later(gap, lambda: etcd.regain_quorum(apply_parked=applied))
-        return f"for {gap:.1f} s, then what waited is {'applied' if applied else 'dropped'}"
-
-    def _change_leader(self) -> str:
-        self._world.ground.etcd.change_leader()
-        return "every TTL starts again"
-
-    def _expire(self) -> str:
-        """A lease ends although its holder lives: etcd promises nothing else."""
-        replica = self._rng.choice(self._world.replicas)
-        kv = self._world.ground.etcd.keyspace.live.get(keys.member(replica.name))
-        if kv is not None:
-            self._world.ground.etcd.revoke(kv.lease)
-        return replica.name
-
-    def _compact(self) -> str:
-        etcd = self._world.ground.etcd
-        etcd.compact(etcd.keyspace.revision)
-        return f"at revision {etcd.keyspace.revision}"
 
 
 KINDS = (
@@ -348,4 +344,10 @@ KINDS = (
     "watch trouble",
     "store compacted",
     "a third of the clusters gone",
+    "glimpse of a cluster",
+    "store sluggish",
+    "message repeated",
+    "request repeated",
+    SECOND,
+    "store restored",
 )

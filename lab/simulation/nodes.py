@@ -17,11 +17,12 @@ import random
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 from lab.virtual_time import MAX_STEPS, Deadlock, Spinning, VirtualLoop
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 NODE: contextvars.ContextVar[Node | None] = contextvars.ContextVar("node", default=None)
 
@@ -66,11 +67,15 @@ class Node:
             self.life = Life.FROZEN
 
     def thaw(self) -> None:
-        """SIGCONT: everything that came due meanwhile is ready now, in order."""
+        """SIGCONT: everything that came due meanwhile runs next, in order: what one link delivered must not be shuffled."""
+        if self.life is Life.FROZEN:
+            self._loop.call_soon(self._catch_up, context=contextvars.Context())
+
+    def _catch_up(self) -> None:
         if self.life is Life.FROZEN:
             self.life = Life.RUNS
-            self._loop.make_ready(self._held)
-            self._held.clear()
+            while self._held and self.life is Life.RUNS:
+                self._loop.call(self._held.popleft())
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -115,7 +120,8 @@ class SimLoop(VirtualLoop):
         self.graveyard: list[asyncio.Task[Any]] = []
         """Tasks of dead nodes, kept from the garbage collector, which would run their `finally`."""
         self._order = shuffle
-        self._numbers = 0
+        self._numbers = self._set = 0
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self.set_task_factory(self._make_task)
 
     def _make_task(
@@ -145,41 +151,84 @@ class SimLoop(VirtualLoop):
         """Run these next."""
         self._ready.extend(handles)  # type: ignore[attr-defined]  # BaseEventLoop's queue, private and stable
 
+    def call(self, handle: Any) -> None:
+        """Run a callback, unless it was cancelled, as `Handle._run` does."""
+        if handle._cancelled:  # noqa: SLF001 - as above
+            return
+        try:
+            handle._context.run(handle._callback, *handle._args)  # noqa: SLF001 - as above
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # noqa: BLE001 - as above
+            self.call_exception_handler(
+                {"message": f"Exception in callback {handle!r}", "exception": error, "handle": handle}
+            )
+
     def _write_to_self(self) -> None:
         """Nobody sleeps, so nobody needs waking."""
+
+    # -- asyncio's own loop, without what nobody needs here: debug mode, threads, descriptors --------------------------------
+
+    def call_soon(
+        self, callback: Callable[[Unpack[Ts]], object], *args: *Ts, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        """See asyncio."""
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)  # type: ignore[attr-defined]  # as above
+        return handle
+
+    def call_later(
+        self,
+        delay: float,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: *Ts,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """See asyncio."""
+        return self.call_at(self._now + delay, callback, *args, context=context)
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: *Ts,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """See asyncio. Timers of one moment come in the order of their setting."""
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        self._set += 1
+        heapq.heappush(self._timers, (when, self._set, timer))
+        return timer
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """It is thrown away when it comes up."""
 
     def _run_once(self) -> None:
         """One turn: let time jump if there is nothing to do, then run what is ready, in seeded order."""
         self.turns += 1
         if self.turns > MAX_STEPS:
-            raise Spinning(f"{MAX_STEPS} loop turns, and the virtual time is only {self.time()}")
+            raise Spinning(f"{MAX_STEPS} loop turns, and the virtual time is only {self._now}")
         ready: deque[Any] = self._ready  # type: ignore[attr-defined]  # as above
-        timers: list[Any] = self._scheduled  # type: ignore[attr-defined]  # its heap of timers
-        while timers and timers[0]._cancelled:  # noqa: SLF001 - asyncio.Handle's own state
-            self._pop(timers)
+        timers = self._timers
+        while timers and timers[0][2]._cancelled:  # noqa: SLF001 - asyncio.Handle's own state
+            heapq.heappop(timers)
         if not ready and not self._stopping:  # type: ignore[attr-defined]  # as above
             if not timers:
                 raise Deadlock("nothing is ready and no timer is set")
-            self.advance(max(timers[0].when() - self.time(), 0.0))
-        end = self.time() + 1e-9
-        while timers and timers[0].when() < end:
-            ready.append(self._pop(timers))
-        if self._order is not None and len(ready) > 1:
-            shuffled = list(ready)
-            self._order.shuffle(shuffled)
-            ready.clear()
-            ready.extend(shuffled)
-        for _ in range(len(ready)):
+            self._now = max(self._now, timers[0][0])
+        end = self._now + 1e-9
+        while timers and timers[0][0] < end:
+            ready.append(heapq.heappop(timers)[2])
+        count = len(ready)
+        if count > 1 and self._order is not None:
+            self._order.shuffle(ready)
+        runs = Life.RUNS
+        for _ in range(count):
             handle = ready.popleft()
             if handle._cancelled:  # noqa: SLF001 - as above
                 continue
             node = handle._context.get(NODE)  # noqa: SLF001 - as above
-            if node is None or node.life is Life.RUNS or self.buried:
-                handle._run()  # noqa: SLF001 - as above
+            if node is None or node.life is runs or self.buried:
+                self.call(handle)
             else:
                 node.hold(handle)
-
-    def _pop(self, timers: list[Any]) -> Any:
-        handle = heapq.heappop(timers)
-        handle._scheduled = False  # noqa: SLF001 - as above
-        return handle

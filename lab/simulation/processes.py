@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from baton.leases import LeaseValues
 from cluster_agent.agent import Agent
 from cluster_agent.config import AgentConfig
 from cluster_agent.core.capacity import NodeSpec
-from cluster_agent.disk import MemoryDisk
+from cluster_agent.disk import DiskFailure, MemoryDisk
 from cluster_agent.executors.base import StartRequest
 from cluster_agent.executors.fake import FakeExecutor
 from cluster_agent.executors.fake_host import FakeHost
@@ -29,10 +29,10 @@ from control_plane.replica import Identity, Parts, Replica, make_machine
 from control_plane.services.edge import Edge
 from control_plane.services.identity import Identity as Caller
 from control_plane.services.methods import Asked
-from control_plane.snapshots import InPlaceSnapshotter
+from control_plane.snapshots import InPlaceSnapshotter, SnapshotsConfig
 from control_plane.store.keeper import TaskLeaseKeeper
 from control_plane.store.memory import MemoryStore
-from lab.sim_network import AgentEnd, Links, MemoryPeers, Pipe, ReplicaEnd
+from lab.sim_network import NOBODY, AgentEnd, Links, MemoryPeers, Pipe, ReplicaEnd
 from lab.simulation.chance import chance
 from lab.simulation.etcd import SeededStoreFaults, SimEtcd
 from lab.simulation.nodes import Node, SimLoop
@@ -40,6 +40,10 @@ from lab.virtual_time import SeededEntropy, VirtualClock
 
 if TYPE_CHECKING:
     from control_plane.view import View
+
+
+RESTART = 1.0
+"""Seconds until an agent that could not start is started again."""
 
 
 @dataclass(slots=True)
@@ -52,6 +56,8 @@ class Ground:
     history: MemoryHistory
     hits: Counter[str]
     seed: str
+    snapshots: float = 60.0
+    """Seconds after which a shard that was written to gets a snapshot (J9)."""
     died: list[str] = field(default_factory=list)
     """Processes that ended by themselves, and why: always a violation."""
 
@@ -131,6 +137,7 @@ class ReplicaProcess:
             entropy=entropy,
             history=ground.history,
             snapshotter=InPlaceSnapshotter(store, clock, make_machine),
+            snapshots=SnapshotsConfig(seconds=ground.snapshots),
         )
         replica = Replica(Identity(self.name, self.name), parts)
         try:
@@ -160,6 +167,31 @@ class ReplicaProcess:
             if not self._ground.loop.buried:
                 self._ground.died.append(f"{self.name}, serving an agent: {error!r}")
         end.end()
+
+    async def stream(self, method: str, request: Any, timeout: float) -> AsyncIterator[bytes]:
+        """A client's streaming call: its payloads as they arrive, until the server ends it. Raises as `call`."""
+        edge, node, links = self._edge, self.node, self._ground.links
+        if edge is None or node is None or not links.heard("client", self.name):
+            raise ConnectionError(f"{self.name} refuses the connection")
+        arrived: asyncio.Queue[bytes | Exception | None] = asyncio.Queue()
+
+        async def serve() -> None:
+            handler = next(m for name, m in edge._methods.items() if name.endswith("/" + method))  # noqa: SLF001
+            asked = Asked(handler.name, "client", self.clock.boot() + timeout, self.clock)
+            end: Exception | None = None
+            try:
+                async for payload in edge.answers(handler, request.SerializeToString(), asked):
+                    links.deliver(self.name, "client", partial(arrived.put_nowait, payload))
+            except Exception as error:  # noqa: BLE001 - travels to the caller
+                end = error
+            links.deliver(self.name, "client", partial(arrived.put_nowait, end))
+
+        links.deliver("client", self.name, lambda: node.spawn(serve()))
+        async with asyncio.timeout(timeout):
+            while (payload := await arrived.get()) is not None:
+                if isinstance(payload, Exception):
+                    raise payload
+                yield payload
 
     async def call(self, method: str, request: Any, timeout: float) -> bytes:
         """A client's call, answered by the production edge. Raises ConnectionError, TimeoutError, BatonError."""
@@ -229,8 +261,8 @@ class SimTransport:
 class SimHost(FakeHost):
     """A FakeHost whose timers are the host's own, whoever asks it something."""
 
-    def __init__(self, node: Node, clock: VirtualClock, programs: dict[str, Callable[[StartRequest], Script]]) -> None:
-        super().__init__(clock, true_time=lambda: asyncio.get_event_loop().time(), programs=programs)
+    def __init__(self, node: Node, clock: VirtualClock, anything: Callable[[StartRequest], Script]) -> None:
+        super().__init__(clock, true_time=lambda: asyncio.get_event_loop().time(), anything=anything)
         self._node = node
 
     def _arm(self) -> None:
@@ -253,12 +285,20 @@ class ClusterProcess:
         replicas: Sequence[ReplicaProcess],
         lease: LeaseValues,
         cpus: int,
+        *,
+        program: Callable[[StartRequest], Script] | None = None,
+        labels: Mapping[str, str] | None = None,
+        serves: str = "",
     ) -> None:
+        """`program`: what its workloads do, by default what `script_of` reads from their argv. `serves`: the cluster's name, if it
+        is not the host's."""
+        self._serves = serves or name
         self.name, self._ground, self._replicas, self._lease, self._cpus = name, ground, replicas, lease, cpus
+        self._labels = dict(labels or {})
         self._drift = drift
         self.clock = drift.clock()
         self.rng = chance(ground.seed, name)
-        self.host = SimHost(Node(f"{name}-host", ground.loop), self.clock, {"sim": script_of})
+        self.host = SimHost(Node(f"{name}-host", ground.loop), self.clock, program or script_of)
         self.disk = MemoryDisk()
         self.lives = self.boots = 0
         self.node: Node | None = None
@@ -307,11 +347,12 @@ class ClusterProcess:
     async def _live(self, node: Node) -> None:
         executor = self._executor = FakeExecutor(self.host)
         config = AgentConfig(
-            cluster=self.name,
+            cluster=self._serves,
             endpoints=tuple(replica.name for replica in self._replicas),
             directory=Path("unused"),
             nodes=(NodeSpec(cpu_millis=1000 * self._cpus),),
             lease=self._lease,
+            labels=self._labels,
         )
         agent = self.agent = Agent(
             config,
@@ -326,6 +367,10 @@ class ClusterProcess:
             await agent.run()
             if self.node is node:
                 self.kill()
+        except DiskFailure:
+            if self.node is node:  # no agent starts on a full disk; whoever supervises it tries again
+                self.kill()
+                self._ground.loop.call_later(RESTART, self.start, context=NOBODY)
         except Exception as error:
             if self.node is node and not self._ground.loop.buried:
                 self._ground.died.append(f"{self.name}: {error!r}")

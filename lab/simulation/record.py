@@ -1,4 +1,4 @@
-"""What is left of a run for its judges: the journal as etcd saw it, the processes' true lives, the client's notes.
+"""From a simulation to a history (`lab.checking.history`): the journal and the owner keys as etcd saw them, and a digest of it all.
 
 Nothing in here is asked of a replica or an agent: a program that deceives itself must not deceive its judge.
 """
@@ -8,64 +8,24 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from cluster_agent.executors.fake_workload import Interval
 from control_plane.batches import BatchReader, Stored
-from control_plane.core.events import Event
-from control_plane.core.model import Stamp
 from control_plane.store import keys
 from control_plane.store.base import EventKind
+from lab.checking.history import Owned, Ran, Said, Watched, Written
 from lab.simulation.etcd import Revision
-from lab.simulation.workload import Said
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """One event of the journal: when and where it became true."""
-
-    at: float
-    revision: int
-    shard: str
-    stamp: Stamp
-    event: Event
-
-
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """A workload process: on which cluster, in true time."""
-
-    cluster: str
-    interval: Interval
-
-
-@dataclass(slots=True)
-class Record:
-    """See the module. Times are true seconds since the start."""
-
-    journal: list[Written]
-    ran: list[Ran]
-    said: Sequence[Said]
-    deadlines: dict[str, float]
-    """Run id in the client's notes -> true time of its deadline."""
-    healed: float
-    """From here on nothing is broken."""
-    ended: float
-    died: Sequence[str]
-    living: Sequence[str] = ()
-    """Processes that are still there at the end."""
-    left: Sequence[str] = ()
-    """What did not converge."""
-    notes: list[tuple[float, str]] = field(default_factory=list)
-    """What the nemesis did."""
-    digest: str = ""
 
 
 def read_journal(record: Sequence[Revision]) -> list[Written]:
-    """Decode every batch that took effect, in the order of commits."""
+    """Decode every batch that took effect, in the order of commits. A batch in parts counts with its last one; what a restore cut off
+    is dropped."""
     readers: dict[str, BatchReader] = {}
     found: list[Written] = []
+    before = 0
     for revision in record:
+        if revision.number <= before:
+            readers.clear()  # the store was restored: parts of unfinished batches are gone
+        before = revision.number
         for change in revision.events:
             place = keys.parse_log(change.kv.key)
             if place is None or change.kind is not EventKind.PUT:
@@ -74,12 +34,27 @@ def read_journal(record: Sequence[Revision]) -> list[Written]:
             stored: Stored | None = readers.setdefault(shard, BatchReader()).take(change.kv.value)
             if stored is not None:
                 found.extend(
-                    Written(revision.at, revision.number, shard, stamp, event) for event, stamp in stored.stamped()
+                    Written(revision.at, revision.number, shard, stamp, event, revision.writer)
+                    for event, stamp in stored.stamped()
                 )
     return found
 
 
-def digest(record: Sequence[Revision], ran: Sequence[Ran], said: Sequence[Said]) -> str:
+def read_owners(record: Sequence[Revision]) -> list[Owned]:
+    """Every change of an owner key."""
+    found: list[Owned] = []
+    for revision in record:
+        for change in revision.events:
+            shard = keys.parse_owner(change.kv.key)
+            if shard is not None:
+                value = change.kv.value if change.kind is EventKind.PUT else b""
+                found.append(Owned.of(revision.at, revision.number, shard, value))
+    return found
+
+
+def digest(
+    record: Sequence[Revision], ran: Sequence[Ran], said: Sequence[Said], watched: Sequence[Watched] = ()
+) -> str:
     """Equal for equal runs, bit for bit."""
     total = hashlib.blake2b(digest_size=16)
     for revision in record:
@@ -88,7 +63,7 @@ def digest(record: Sequence[Revision], ran: Sequence[Ran], said: Sequence[Said])
             total.update(f"{change.kind.value} {change.kv.key} ".encode() + change.kv.value)
     for each in ran:
         total.update(f"{each.cluster} {each.interval!r}".encode())
-    for answer in said:
+    for answer in (*said, *watched):
         total.update(repr(answer).encode())
     return total.hexdigest()
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from control_plane.core import events as ev
 from control_plane.store import keys
-from lab.simulation.checkers import Violation
+from lab.checking.history import Record, Violation, Written
 from lab.simulation.etcd import Revision
-from lab.simulation.record import Record, Written
 
 
 def tell(record: Record, violations: Sequence[Violation], revisions: Sequence[Revision] = ()) -> list[str]:
