@@ -43,7 +43,7 @@ async def test_a_workload_sees_its_environment_its_places_and_nothing_else(bench
     output, _ = await executor.read_log(request.key, 0, 1 << 16)
     assert exited.succeeded, output
     seen = json.loads(output)
-    places = {"BATON_RESULT", "BATON_INPUTS", "BATON_CHECKPOINT_DIR"}
+    places = {"BATON_RESULT", "BATON_INPUTS", "BATON_CHECKPOINT_DIR", "BATON_ARTIFACTS_DIR"}
     assert set(seen["env"]) - {"LC_CTYPE"} == set(env) | places
     assert {name: seen["env"][name] for name in env} == env
     assert seen["cwd"] == f"{bench.directory}/work/{request.key.text()}"

@@ -105,6 +105,15 @@ def test_sizes_and_cpus() -> None:
     assert [parse_cpus(text) for text in ("4", "0.5", 2, 1.25)] == [4000, 500, 2000, 1250]
 
 
+def test_the_cache_of_artifacts_has_a_size() -> None:
+    given = ["--cluster", "eu", "--endpoint", "127.0.0.1:1", "--directory", "d", "--cpus", "1"]
+    assert from_arguments(given).cache_bytes == 5 << 30
+    assert from_arguments([*given, "--cache", "20Gi"]).cache_bytes == 20 << 30
+    assert from_arguments([*given, "--cache", "0"]).cache_bytes == 0
+    with pytest.raises(BadConfig, match="size"):
+        from_arguments([*given, "--cache", "much"])
+
+
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:80", "[::1]:80", "localhost:80"])
 def test_plain_text_stays_on_loopback(endpoint: str) -> None:
     check_endpoint(endpoint, tls=False)

@@ -11,6 +11,7 @@ import pytest
 from baton import artifact_path, checkpoint, input_path
 from baton.v1 import agent_pb2, graph_pb2
 from cluster_agent import translate
+from cluster_agent.carrier_grpc import source_message
 from cluster_agent.carrying.shelf import Kept, Shelf
 from cluster_agent.core import events as on
 from cluster_agent.core.commands import SendReports, StartWork, Step
@@ -142,7 +143,7 @@ def test_a_dispatch_says_what_to_fetch_and_the_executor_is_asked_for_it() -> Non
     assert (request.artifacts, request.checkpoint, request.carried) == ((source,), source, True)
     assert request.python is not None
     assert request.python.stored
-    assert translate.source_message(source) == dispatch().dispatches.dispatches[0].artifacts[0]
+    assert source_message(source) == dispatch().dispatches.dispatches[0].artifacts[0]
 
 
 @pytest.mark.parametrize(

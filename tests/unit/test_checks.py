@@ -51,6 +51,15 @@ def test_a_lost_clusters_heartbeat_says_nothing_of_the_clock() -> None:
     assert checks.clocks([cluster("eu", LOST)], NOW).status == WARN
 
 
+def test_the_level_is_what_all_replicas_read() -> None:
+    old, new = admin_pb2.Replica(id="r1", feature_level=1), admin_pb2.Replica(id="r2", feature_level=2)
+    assert checks.feature_level([new, new]).status == OK
+    held = checks.feature_level([new, old])
+    assert held.status == WARN
+    assert "r1" in held.detail
+    assert "r1" in held.fix
+
+
 def test_certificates_are_renewed_in_time() -> None:
     assert checks.tls(certificates=False, days=None, problem="").status == OK
     assert checks.tls(certificates=True, days=90, problem="").status == OK

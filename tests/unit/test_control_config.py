@@ -113,3 +113,30 @@ def test_usage_exits_with_2_and_help_with_0() -> None:
 )
 def test_loopback(address: str, loopback: bool) -> None:
     assert is_loopback(address) is loopback
+
+
+@pytest.mark.parametrize(
+    "where", ["dir:/var/lib/baton", "dir:rel", "s3://bucket", "s3://b/p/q?endpoint=http://127.0.0.1:9&region=eu"]
+)
+def test_a_store_of_artifacts_is_a_directory_or_a_bucket(where: str) -> None:
+    assert from_arguments([*LEAST, "--artifacts", where]).artifacts == where
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("/var/lib/baton", "is neither dir:PATH nor s3://"),
+        ("dir:", "names no directory"),
+        ("s3:///x", "is neither"),
+        ("s3://key:secret@bucket/x", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"),
+        ("s3://bucket?secret_access_key=hidden", "credentials come from the environment"),
+        ("s3://bucket?endpoint=ftp://x", "no plain http:// or https://"),
+        ("s3://bucket/a/../b", "no key of an object"),
+    ],
+)
+def test_a_bad_store_of_artifacts_is_refused_without_repeating_secrets(where: str, words: str) -> None:
+    said = refused("--artifacts", where)
+    assert words in said
+    assert said.startswith("artifacts: ")
+    assert "secret@" not in said
+    assert "hidden" not in said

@@ -10,6 +10,7 @@ import pytest
 from control_plane.batches import BatchReader
 from control_plane.controller import CycleConfig
 from control_plane.core.commands import Outbox, Refused, Tick
+from control_plane.cycle import CROWD, GATHER_SECONDS
 from control_plane.journal import Head
 from control_plane.refusals import ConditionFailed, NotOwned, OutcomeUnknown, StoreDown
 from control_plane.store import keys
@@ -438,3 +439,22 @@ async def test_j2_the_parts_of_a_larger_decision_follow_each_other_at_once(serve
     await a.ask("00", "x")
     await until(lambda: len(log_of(server, "00")) >= 9)
     assert a.clock.boot() - begun < 0.2, "no pause between two parts"
+
+
+@story
+async def test_after_a_crowd_the_next_transaction_waits_a_moment_for_company_and_a_lone_caller_never(
+    server: MemoryEtcd,
+) -> None:
+    a = await Replica(server, "a").start("00")
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    for name in ("x", "y", "z"):
+        await a.ask("00", name)
+    assert loop.time() - began < GATHER_SECONDS, "each commits at once"
+    await asyncio.gather(*(a.ask("00", f"c{n}") for n in range(CROWD)))
+    after = loop.time()
+    first = asyncio.create_task(a.ask("00", "first"))
+    await asyncio.sleep(GATHER_SECONDS / 2)
+    await asyncio.gather(first, a.ask("00", "second"))
+    assert loop.time() - after >= GATHER_SECONDS
+    assert log_of(server, "00")[-1] == ["first", "second"]

@@ -271,3 +271,19 @@ def test_bad_request_fields() -> None:
         "graph",
         "graph_version",
     ]
+
+
+@pytest.mark.parametrize("args", ['[{"$baton.result": "a"}]', '[{"\\u0024baton.result": "a"}]'])
+def test_tasks_that_differ_in_their_parents_alone_are_judged_apart(args: str) -> None:
+    spec = graph(("a", ()))
+    for name, parents in (("b", ["a"]), ("c", ["a"]), ("d", [])):
+        task = spec.tasks.add(id=name, parents=parents)
+        task.python.function, task.python.args_json = "steps:run", args
+    assert list(faults(spec)) == ["spec.tasks[3].python.args_json"]
+
+
+def test_each_of_many_equal_faults_is_named() -> None:
+    spec = graph(("a", ()), ("b", ()), ("c", ()))
+    for task in spec.tasks:
+        task.retry.max_attempts = -1
+    assert list(faults(spec)) == [f"spec.tasks[{number}].retry.max_attempts" for number in range(3)]

@@ -91,7 +91,9 @@ def test_what_is_no_table_is_a_value_error(value: bytes) -> None:
 
 
 def test_sessions_survive_their_encoding_and_garbage_is_a_value_error() -> None:
-    info = SessionInfo(3, "r1", ended=True, nonce="n")
+    older = b'{"ended": true, "generation": 3, "nonce": "n", "replica": "r1"}'
+    assert decode_session(older) == SessionInfo(3, "r1", ended=True, nonce="n"), "a replica that knows no levels"
+    info = SessionInfo(3, "r1", ended=True, nonce="n", level=2)
     assert decode_session(encode_session(info)) == info
     for value in (b"{}", b"[]", b"x"):
         with pytest.raises(ValueError):  # noqa: PT011 - three kinds of garbage, one kind of error
