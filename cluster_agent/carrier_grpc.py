@@ -27,7 +27,7 @@ from baton.errors import (
     WrongState,
     from_status,
 )
-from baton.v1 import artifact_pb2
+from baton.v1 import agent_pb2, artifact_pb2
 from cluster_agent.carrying.port import (
     CarrierCorrupt,
     CarrierDown,
@@ -41,9 +41,7 @@ from cluster_agent.carrying.port import (
     NotConfigured,
     Wanted,
 )
-from cluster_agent.core.model import ArtifactRef
-from cluster_agent.executors.base import AttemptKey as OuterKey
-from cluster_agent.translate import ref_message, source_message
+from cluster_agent.core.model import ArtifactRef, ArtifactSource, AttemptKey
 from cluster_agent.transport import TransportClosed
 from cluster_agent.transport_grpc import GrpcTransport
 from cluster_agent.workload import inner
@@ -98,7 +96,7 @@ class GrpcCarrier:
         read: Any = artifact_pb2.PutArtifactResponse.FromString
         call: Any = channel.stream_unary(_PUT, request_serializer=serialize, response_deserializer=read)()
         header = artifact_pb2.PutArtifactHeader(
-            namespace=maker.namespace, attempt=_attempt(maker.key), name=name, cluster_uid=maker.cluster_uid
+            namespace=maker.namespace, attempt=_attempt(inner(maker.key)), name=name, cluster_uid=maker.cluster_uid
         )
         moved = False
         try:
@@ -109,7 +107,7 @@ class GrpcCarrier:
                 moved = chunk.index > 0
             await _step(call.done_writing(), STEP_SECONDS)
             answer = await _step(call, ANSWER_SECONDS)
-        except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
+        except (grpc.RpcError, asyncio.InvalidStateError, asyncio.CancelledError, TimeoutError) as error:
             failure = await self._failure(call, error)
             failure.moved = moved
             await self._leave(channel, failure)
@@ -147,7 +145,7 @@ class GrpcCarrier:
             failure = CarrierDown(f"{self._endpoint} ended the download early")
         except CorruptArtifact as error:
             failure = CarrierCorrupt(str(error))
-        except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError) as error:
+        except (grpc.RpcError, asyncio.InvalidStateError, asyncio.CancelledError, TimeoutError) as error:
             failure = await self._failure(call, error)
         finally:
             call.cancel()
@@ -171,20 +169,25 @@ class GrpcCarrier:
             self._channel = None
             await channel.close()
 
-    async def _failure(self, call: Any, error: Exception) -> CarrierError:
-        """What a failed call means. A write that fails says only that the call is over; its status says why."""
+    async def _failure(self, call: Any, error: BaseException) -> CarrierError:
+        """What a failed call means. A write that fails says only that the call is over; its status says why. A channel that is closed
+        under a call cancels it, which must not look as if we were to end. Raises CancelledError if we are."""
         if isinstance(error, TimeoutError):
             return CarrierDown(f"{self._endpoint} is silent")
-        if not isinstance(error, grpc.aio.AioRpcError):
+        if not isinstance(error, grpc.aio.AioRpcError | asyncio.CancelledError):
             try:
                 await _step(call.code(), DIAL_SECONDS)
                 await _step(call, DIAL_SECONDS)
-            except grpc.aio.AioRpcError as told:
+            except (grpc.aio.AioRpcError, asyncio.CancelledError) as told:
                 error = told
             except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError, TypeError):
-                return CarrierDown(f"{self._endpoint} ended the call")
+                pass
+        if isinstance(error, asyncio.CancelledError):
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise error
         if not isinstance(error, grpc.aio.AioRpcError):
-            return CarrierDown(f"{self._endpoint} ended the call")
+            return CarrierDown(f"{self._endpoint} ended the call, or the connection was given up")
         if error.details() == _TORN:
             return CarrierDown(f"{self._endpoint} ended the call, and why was lost")
         return meaning(_told(error), error.code())
@@ -230,8 +233,20 @@ def _told(failure: grpc.aio.AioRpcError) -> BatonError:
     return from_status(status)
 
 
-def _attempt(key: OuterKey) -> Any:
-    return ref_message(inner(key))
+def source_message(source: ArtifactSource) -> agent_pb2.ArtifactSource:
+    """A source as it is asked for."""
+    ref = source.ref
+    return agent_pb2.ArtifactSource(
+        namespace=source.namespace,
+        attempt=_attempt(source.maker),
+        cluster_uid=source.cluster_uid,
+        artifact=agent_pb2.ArtifactRef(name=ref.name, size=ref.size, digest=ref.digest),
+        task_id=source.task_id,
+    )
+
+
+def _attempt(key: AttemptKey) -> agent_pb2.AttemptRef:
+    return agent_pb2.AttemptRef(run_uid=key.run_uid, task=key.task, n=key.n, nonce=key.nonce)
 
 
 def _next(chunks: Iterator[Chunk]) -> Chunk | None:

@@ -68,7 +68,9 @@ def carried(cluster: str, tally: Tally) -> list[Family]:
     moved = ((tally.bytes_up, "up"), (tally.bytes_down, "down"))
     failed = ((tally.failures_up, "up"), (tally.failures_down, "down"))
     return [
-        counter("baton_agent_artifact_bytes_total", "Content of artifacts, checkpoints and code that was moved.", *moved),
+        counter(
+            "baton_agent_artifact_bytes_total", "Content of artifacts, checkpoints and code that was moved.", *moved
+        ),
         counter("baton_agent_artifact_failures_total", "Attempts whose files could not be moved.", *failed),
         Family("baton_agent_artifact_cache_hits_total", COUNTER, "Artifacts that were here already.", ("cluster",)).add(
             tally.cached, cluster

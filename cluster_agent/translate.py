@@ -14,7 +14,7 @@ from baton.leases import LeaseValues, from_millis
 from baton.names import id_problem, task_id_problem
 from baton.v1 import agent_pb2, cluster_pb2, graph_pb2
 from cluster_agent.core import events as on
-from cluster_agent.core.capacity import QUEUE_FLOOR, FreeShape
+from cluster_agent.core.capacity import FreeShape
 from cluster_agent.core.commands import SendHello, SendReceipt, SendReports, Vitals
 from cluster_agent.core.model import (
     ArtifactRef,
@@ -137,7 +137,7 @@ def heartbeat(vitals: Vitals, *, seq: int, generation: int, guard_silent: bool) 
             for shard, epoch, number in vitals.included
         ],
         attempts=vitals.attempts,
-        queue_limit=QUEUE_FLOOR,
+        queue_limit=vitals.queue_limit,
         guard_silent=guard_silent,
     )
     return agent_pb2.SessionRequest(heartbeat=message)
@@ -218,22 +218,6 @@ def _finished(key: AttemptKey, ended: Ended) -> agent_pb2.FinishedReport:
 
 def _artifact(ref: ArtifactRef) -> agent_pb2.ArtifactRef:
     return agent_pb2.ArtifactRef(name=ref.name, size=ref.size, digest=ref.digest)
-
-
-def source_message(source: ArtifactSource) -> agent_pb2.ArtifactSource:
-    """A source as it is asked for."""
-    return agent_pb2.ArtifactSource(
-        namespace=source.namespace,
-        attempt=_ref(source.maker),
-        cluster_uid=source.cluster_uid,
-        artifact=_artifact(source.ref),
-        task_id=source.task_id,
-    )
-
-
-def ref_message(key: AttemptKey) -> agent_pb2.AttemptRef:
-    """An attempt as it is named on the wire (F1)."""
-    return _ref(key)
 
 
 def _ref(key: AttemptKey) -> agent_pb2.AttemptRef:

@@ -38,6 +38,9 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
+    # Channels to one endpoint would share a connection: a stream that was given up on a silent one would be opened on it again, and
+    # pings, which pause between streams, would not catch it before the next lease lapses.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),  # a stream that broke is opened anew, with an inventory
 )
 

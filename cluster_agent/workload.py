@@ -83,7 +83,8 @@ def _python_call(spec: WorkSpec) -> base.PythonCall | None:
     if call is None:
         return None
     tenant = spec.run.removeprefix("namespaces/").partition("/")[0]
-    return base.PythonCall(call.function, call.args_json, call.requirements, call.code, call.code_zip, tenant)
+    extended = spec.demand.extended
+    return base.PythonCall(call.function, call.args_json, call.requirements, call.code, call.code_zip, tenant, extended)
 
 
 def work_event(event: ExecutorEvent) -> on.Event | None:
@@ -94,7 +95,7 @@ def work_event(event: ExecutorEvent) -> on.Event | None:
         case Refused(key, reason):
             return on.WorkRefused(inner(key), reason)
         case Exited():
-            return on.WorkEnded(inner(event.key), _ended(event), event.end_wall - event.start_wall)
+            return _work_ended(event)
         case Saved(key, checkpoint):
             return on.WorkSaved(inner(key), checkpoint)
         case Stopped(key):
@@ -106,8 +107,11 @@ def census(entries: list[CensusEntry]) -> on.Census:
     """What the executor holds. A tombstoned key has no process: what the journal thinks of it decides (F4)."""
     held = (Phase.STARTING, Phase.RUNNING, Phase.STOPPING)
     running = {inner(entry.key): entry.generation for entry in entries if entry.phase in held}
-    ended = tuple(on.WorkEnded(inner(entry.key), _ended(entry.exited)) for entry in entries if entry.exited is not None)
-    return on.Census(running, ended)
+    return on.Census(running, tuple(_work_ended(entry.exited) for entry in entries if entry.exited is not None))
+
+
+def _work_ended(exited: Exited) -> on.WorkEnded:
+    return on.WorkEnded(inner(exited.key), _ended(exited), exited.end_wall - exited.start_wall)
 
 
 def _ended(exited: Exited) -> Ended:

@@ -73,6 +73,7 @@ def _layout(directory: Path | None) -> Layout:
 @click.option("--clusters", metavar="NAMES", help="Names of the clusters, with commas.  [default: eu,us,ap]")
 @click.option("--profile", type=click.Choice(sorted(PROFILES)), help="Lease profile of the clusters.  [default: fast]")
 @click.option("--cpus", type=int, help="CPUs promised to the work of each cluster.  [default: 4]")
+@click.option("--apart/--together", default=None, help="Let no cluster see another one's files.  [default: --together]")
 @click.option("--detach", is_flag=True, help="Leave it running and give the terminal back.")
 @_in_directory
 def up(
@@ -80,6 +81,7 @@ def up(
     clusters: str | None,
     profile: str | None,
     cpus: int | None,
+    apart: bool | None,
     detach: bool,
     directory: Path | None,
 ) -> None:
@@ -95,7 +97,7 @@ def up(
     """
     layout = _layout(directory)
     names = tuple(name.strip() for name in clusters.split(",")) if clusters is not None else None
-    given = {"replicas": replicas, "clusters": names, "profile": profile, "cpus": cpus}
+    given = {"replicas": replicas, "clusters": names, "profile": profile, "cpus": cpus, "apart": apart}
     asked = {key: value for key, value in given.items() if value is not None}
     try:
         settings = replace(layout.stored_settings() or Settings(), **asked).checked()  # type: ignore[arg-type]
@@ -145,6 +147,7 @@ def _start_detached(layout: Layout, settings: Settings) -> None:
     log.unlink(missing_ok=True)
     words = ["--directory", str(layout.directory), "--replicas", str(settings.replicas), "--cpus", str(settings.cpus)]
     words += ["--clusters", ",".join(settings.clusters), "--profile", settings.profile]
+    words += ["--apart"] if settings.apart else []
     click.echo(_starting(settings))
     with log.open("ab") as out:
         supervisor = subprocess.Popen(

@@ -13,7 +13,7 @@ from lab.control import SOCKET
 from lab.layout import Layout
 
 FILES = ("history.sqlite", "history.sqlite-wal", "history.sqlite-shm", SOCKET, "state.json")
-FOLDERS = ("logs", "etcd", "run", "clusters")
+FOLDERS = ("logs", "etcd", "run", "clusters", "artifacts")
 
 
 def delete_state(layout: Layout) -> str:

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,11 @@ class Settings:
     profile: str = "fast"
     cpus: int = 4
     """CPUs that the work of one cluster may use. They are promised, not reserved: clusters share this machine."""
+    apart: bool = False
+    """No cluster sees files of another one or of the control plane, as on machines of their own: each has a mount namespace. Needs
+    root, or a host that lets ordinary users have user namespaces."""
+    otlp_endpoint: str = ""
+    """http://host:port of a collector on this machine to which replicas send finished runs' spans; empty: none."""
 
     def checked(self) -> Settings:
         """These settings. Raises BadSettings."""
@@ -99,6 +104,11 @@ class Layout:
         """Finished runs, shared by the replicas."""
         return self.directory / "history.sqlite"
 
+    @property
+    def artifacts(self) -> Path:
+        """Artifacts, shared by the replicas; clusters reach them through these."""
+        return self.directory / "artifacts"
+
     def log(self, name: str) -> Path:
         """A process's log."""
         return self.logs / f"{name}.log"
@@ -121,6 +131,11 @@ class Layout:
     def cluster(self, name: str) -> Path:
         """A cluster's private directory: the disk of that machine."""
         return self.directory / "clusters" / name
+
+    def beyond(self, cluster: str, clusters: Iterable[str]) -> list[Path]:
+        """What a cluster that is kept apart does not see."""
+        others = [self.cluster(other) for other in clusters if other != cluster]
+        return [*others, self.artifacts, self.etcd.parent]
 
     def boot_id(self, cluster: str) -> Path:
         """The machine's boot id; another one after each power cut."""

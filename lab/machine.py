@@ -1,6 +1,8 @@
 """One machine of the local federation: the parent of a cluster's agent, guard and workloads, with a power switch.
 
-    python -m lab.machine COMMAND...        COMMAND is the agent's; orders come on stdin, news leaves on stdout
+    python -m lab.machine [--hide DIRECTORY]... COMMAND...
+
+COMMAND is the agent's, and sees nothing in the hidden directories; orders come on stdin, news leaves on stdout.
 
 Theory: a cluster dies "at once" only if somebody can name everything that belongs to it. The guard leaves its agent's
 session on purpose (PROTOCOL G1) and workloads may do the same, so this process is a *subreaper*: whatever below it loses
@@ -158,5 +160,22 @@ class Machine:
             os.write(1, f"{words}\n".encode())
 
 
+def main(words: Sequence[str]) -> int:
+    """Be a machine."""
+    hidden: list[str] = []
+    while words[:1] == ["--hide"]:
+        hidden.append(words[1])
+        words = words[2:]
+    if hidden:
+        try:
+            host.cover(hidden)
+        except OSError as error:
+            sys.stderr.write(
+                f"this host does not let the clusters be kept apart ({error}): run as root, or leave --apart out\n"
+            )
+            return 1
+    return Machine(words).run()
+
+
 if __name__ == "__main__":
-    sys.exit(Machine(sys.argv[1:]).run())
+    sys.exit(main(sys.argv[1:]))

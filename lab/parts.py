@@ -148,11 +148,12 @@ class Store:
 class Replica:
     """One control-plane process."""
 
-    def __init__(self, name: str, layout: Layout, links: Links, *, unsafe_etcd: bool) -> None:
+    def __init__(self, name: str, layout: Layout, links: Links, *, unsafe_etcd: bool, collector: str = "") -> None:
         self.name = name
         self._layout = layout
         self._links = links
         self._unsafe_etcd = unsafe_etcd
+        self._collector = collector
         self._process: subprocess.Popen[bytes] | None = None
         self._frozen = False
 
@@ -191,12 +192,15 @@ class Replica:
 
     def _command(self) -> list[str]:
         unsafe = ["--allow-unsafe-etcd"] if self._unsafe_etcd else []
+        export = ["--otlp-endpoint", self._collector] if self._collector else []
         return processes.python(
             "control_plane",
             *("--listen", "127.0.0.1:0", "--port-file", str(self._layout.port_file(self.name))),
             *("--replica", self.name, "--advertise", self._links.front(self.name)),
             *("--etcd", self._links.shelf(self.name), "--history", str(self._layout.history), *unsafe),
             *("--metrics-listen", "127.0.0.1:0", "--metrics-port-file", str(self._layout.metrics_file(self.name))),
+            *("--artifacts", f"dir:{self._layout.artifacts}"),
+            *export,
         )
 
     def _failure(self, what: str) -> PartFailed:
@@ -281,7 +285,7 @@ class Cluster:
             return
         self._layout.boot_id(self.name).write_text(self._entropy.token(16) + "\n")
         self._frozen, self._news, self._obeyed, self._ordered = False, b"", 0, 0
-        machine = processes.bare_python("lab.machine", *self._command())
+        machine = processes.bare_python("lab.machine", *self._hidden(), *self._command())
         self._machine = processes.spawn(machine, self._layout.log(self.name), piped=True)
         self._listen(self._machine)
         try:
@@ -291,6 +295,15 @@ class Cluster:
             pass
         if not self._agent:
             raise PartFailed(f"{self.name} did not start:\n{processes.tail(self._layout.log(self.name))}")
+
+    def _hidden(self) -> list[str]:
+        """Flags of the machine for what its cluster shall not see."""
+        if not self._settings.apart:
+            return []
+        beyond = self._layout.beyond(self.name, self._settings.clusters)
+        for path in beyond:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return [word for path in beyond for word in ("--hide", str(path))]
 
     def _command(self) -> list[str]:
         endpoints = [word for way in self._links.ways(self.name) for word in ("--endpoint", way)]

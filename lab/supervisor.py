@@ -170,8 +170,9 @@ def main() -> int:
     parser.add_argument("--clusters", required=True)
     parser.add_argument("--profile", required=True)
     parser.add_argument("--cpus", type=int, required=True)
+    parser.add_argument("--apart", action="store_true")
     given = parser.parse_args()
-    settings = Settings(given.replicas, tuple(given.clusters.split(",")), given.profile, given.cpus)
+    settings = Settings(given.replicas, tuple(given.clusters.split(",")), given.profile, given.cpus, given.apart)
     try:
         asyncio.run(supervise(Layout(given.directory.absolute()), settings, lambda _status: None))
     except (AlreadyRunning, BadSettings, EtcdNotFound, PartFailed, InvalidField, OSError) as error:

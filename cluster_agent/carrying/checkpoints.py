@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import BinaryIO
 
@@ -24,7 +24,7 @@ from cluster_agent.carrying.port import Maker, NameUsed
 from cluster_agent.carrying.shelf import Kept, Shelf, Stamp
 from cluster_agent.carrying.tally import Tally
 from cluster_agent.core.model import ArtifactRef
-from cluster_agent.executors.base import AttemptKey, Saved
+from cluster_agent.executors.base import AttemptKey, Saved, StartRequest
 from cluster_agent.waiting import within
 
 log = logging.getLogger("baton.agent")
@@ -56,14 +56,20 @@ class Checkpoints:
     ) -> None:
         self._shelf, self._courier, self._clock, self._tally = shelf, courier, clock, tally
         self._maker, self._tell = maker, tell
-        self._running: dict[tuple[str, int], tuple[AttemptKey, str]] = {}
+        self._running: dict[tuple[str, int], tuple[AttemptKey, Mapping[str, str]]] = {}
+        """Run uid and index of a task -> its attempt here, and what names its run in full. Kept for every task, so it costs next to
+        nothing."""
         self._kept: dict[AttemptKey, Kept] = {}
         self._under_way: dict[AttemptKey, asyncio.Task[None]] = {}
         self._not_before: dict[AttemptKey, float] = {}
 
-    def track(self, key: AttemptKey, run: str) -> None:
-        """It is about to run, or runs; `run`: the name."""
-        self._running[key.run_uid, key.task] = (key, run)
+    def track(self, key: AttemptKey, env: Mapping[str, str]) -> None:
+        """It is about to run, or runs; its environment names its run."""
+        self._running[key.run_uid, key.task] = (key, env)
+
+    def track_all(self, requests: Iterable[StartRequest]) -> None:
+        """`track` of many."""
+        self._running.update([((each.key.run_uid, each.key.task), (each.key, each.env)) for each in requests])
 
     def begin(self, key: AttemptKey, stamp: Stamp) -> None:
         """It starts from the checkpoint with this stamp, which is no news."""
@@ -77,22 +83,29 @@ class Checkpoints:
         """What an earlier agent has stored of it."""
         self._kept[key] = kept
 
+    def over(self, key: AttemptKey) -> None:
+        """It runs no more, and nothing more of it is to be stored."""
+        held = self._running.pop((key.run_uid, key.task), None)
+        if held is not None and held[0].n != key.n:  # another attempt of the task
+            self._running[key.run_uid, key.task] = held
+        if self._kept or self._under_way or self._not_before:
+            self.drop(key)
+
     def ended(self, key: AttemptKey) -> str | None:
         """It runs no more, and is not looked at any more; the name of its run, if it is known here."""
         held = self._running.get((key.run_uid, key.task))
         if held is None or held[0] != key:
             return None
         del self._running[key.run_uid, key.task]
-        return held[1]
+        return held[1].get("BATON_RUN", "")
 
     def drop(self, key: AttemptKey) -> None:
         """Nothing more of it is to be stored."""
-        if self._kept or self._under_way or self._not_before:
-            self._kept.pop(key, None)
-            self._not_before.pop(key, None)
-            task = self._under_way.pop(key, None)
-            if task is not None:
-                task.cancel()
+        self._kept.pop(key, None)
+        self._not_before.pop(key, None)
+        task = self._under_way.pop(key, None)
+        if task is not None:
+            task.cancel()
 
     def unsaved(self, key: AttemptKey) -> bool:
         """Whether a checkpoint of it is here that is not stored."""
@@ -127,9 +140,10 @@ class Checkpoints:
         """Once: begin to store what is new."""
         now = self._clock.boot()
         for task, stamp in (await asyncio.to_thread(self._shelf.latest)).items():
-            key, run = self._running.get(task, (None, ""))
-            if key is None or key in self._under_way or stamp == self._stamp(key):
+            held = self._running.get(task)
+            if held is None or held[0] in self._under_way or stamp == self._stamp(held[0]):
                 continue
+            key, run = held[0], held[1].get("BATON_RUN", "")
             if self._not_before.get(key, now) <= now:
                 saving = asyncio.create_task(self._save(key, run))
                 self._under_way[key] = saving

@@ -71,31 +71,30 @@ class Courier:
             file.seek(0)
             return await self._carrier.put(maker, name, file)
 
-        async with self._up:
-            ref = await self._persist(send, f"artifact {name} could not be stored")
+        ref = await self._persist(self._up, send, f"artifact {name} could not be stored")
         self._tally.bytes_up += ref.size
         return ref
 
     async def fetch(self, wanted: Wanted, into: BinaryIO) -> None:
         """Have content written into an open, empty file. Raises Undeliverable, also when there is no room for it."""
         download = self._carrier.download(wanted, into)
-        async with self._down:
-            try:
-                await self._persist(download.run, f"{wanted.words} could not be fetched")
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise
-                words = f"{wanted.words} could not be fetched: the agent's disk is full, at {into.name}"
-                raise DiskFull(f"{words}: its operator has to free room there, or move --directory") from error
+        try:
+            await self._persist(self._down, download.run, f"{wanted.words} could not be fetched")
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            words = f"{wanted.words} could not be fetched: the agent's disk is full, at {into.name}"
+            raise DiskFull(f"{words}: its operator has to free room there, or move --directory") from error
         self._tally.bytes_down += into.tell()
 
-    async def _persist(self, move: Callable[[], Awaitable[T]], failed: str) -> T:
-        """One transfer with all its tries."""
+    async def _persist(self, room: asyncio.Semaphore, move: Callable[[], Awaitable[T]], failed: str) -> T:
+        """One transfer with all its tries. Between them its place is others': an outage must not be waited for by turns."""
         pause, damaged = FIRST_PAUSE, 0
         until = self._clock.boot() + self._patience
         while True:
             try:
-                return await move()
+                async with room:
+                    return await move()
             except NameUsed:
                 raise
             except NotConfigured as error:

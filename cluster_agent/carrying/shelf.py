@@ -67,8 +67,8 @@ class Shelf:
         """`guard`: the guard's directory. `own`: the agent's for this; made if it is not there."""
         self._work, self._checkpoints, self._code = guard / "work", guard / "checkpoints", guard / "python" / "code"
         self._inputs, self._kept, self.cache = own / "inputs", own / "kept", own / "cache"
-        for path in (self._inputs, self._kept, self.cache, self._code):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in (guard, guard / "python", self._code, own, self._inputs, self._kept, self.cache):
+            path.mkdir(mode=0o700, exist_ok=True)  # each by itself: `parents` would leave some open to all
 
     # --- what a workload made -----------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ the executor has confirmed the death, not until it was asked for.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +20,11 @@ tasks. How much should wait is the scheduler's business, which knows run times; 
 QUEUE_SHARE = 1.0
 """Beyond the floor, what waits may add up to this share of the cluster: one refill hides the round trip; more is
 hoarding."""
+
+PATIENCE_SECONDS = 2.0
+"""So long an attempt may wait here without being started; then it goes back. The scheduler queues only what is gone within 0.25 s by
+learned run times: after eight times that they are wrong, and another cluster may be free. Smaller: a hiccup of a busy host sends
+hundreds of attempts through the journal again; larger: work stands in line here while others idle."""
 
 QUEUE_CEILING = 10_000
 """Never more, whatever they ask for: tasks may demand no CPU at all. Memory of the agent is what it protects."""
@@ -166,6 +172,8 @@ class LocalQueue:
         self._cpu_bound = cpu_millis * QUEUE_SHARE
         self._memory_bound = memory_bytes * QUEUE_SHARE
         self._waiting: dict[AttemptKey, Demand] = {}
+        self._since: dict[AttemptKey, float] = {}
+        """When each began to wait, boot clock, in the same order."""
         self._cpu = 0
         self._memory = 0
 
@@ -180,13 +188,14 @@ class LocalQueue:
         """Who is next. Strictly in order: a large demand is not overtaken for ever by small ones."""
         return next(iter(self._waiting.items()), None)
 
-    def offer(self, key: AttemptKey, demand: Demand) -> bool:
-        """Take it if there is room to wait; False if the queue is full."""
+    def offer(self, key: AttemptKey, demand: Demand, now: float) -> bool:
+        """Take it if there is room to wait; False if the queue is full. `now`: boot clock, seconds."""
         cpu, memory = self._cpu + demand.cpu_millis, self._memory + demand.memory_bytes
         full = cpu > self._cpu_bound or (self._memory_bound > 0 and memory > self._memory_bound)
         if len(self._waiting) >= QUEUE_FLOOR and (full or len(self._waiting) >= QUEUE_CEILING):
             return False
         self._waiting[key] = demand
+        self._since[key] = now
         self._cpu, self._memory = cpu, memory
         return True
 
@@ -194,12 +203,23 @@ class LocalQueue:
         """Take it out; nothing happens if it does not wait."""
         demand = self._waiting.pop(key, None)
         if demand is not None:
+            del self._since[key]
             self._cpu -= demand.cpu_millis
             self._memory -= demand.memory_bytes
+
+    def stale(self, now: float) -> tuple[AttemptKey, ...]:
+        """Who has waited for longer than they may, in order; they stay."""
+        late = itertools.takewhile(lambda item: item[1] <= now - PATIENCE_SECONDS, self._since.items())
+        return tuple(key for key, _ in late)
+
+    def wait_anew(self, now: float) -> None:
+        """The time until now does not count as waiting."""
+        self._since = dict.fromkeys(self._since, now)
 
     def clear(self) -> tuple[AttemptKey, ...]:
         """Empty it; who waited."""
         keys = tuple(self._waiting)
         self._waiting.clear()
+        self._since.clear()
         self._cpu = self._memory = 0
         return keys

@@ -208,3 +208,5 @@ class Vitals:
     shapes: tuple[FreeShape, ...]
     included: tuple[tuple[str, Epoch, int], ...]
     attempts: int
+    queue_limit: int
+    """Attempts that may wait beyond the room."""

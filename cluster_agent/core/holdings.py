@@ -2,14 +2,14 @@
 
 `machine` decides whether a message counts; this decides what it then means for an attempt. Rules: F4 (a `Starting`
 record before the spawn, and never a second one), F8 (stops are tombstones at once, confirmed by the executor), C3
-(what does not fit is tombstoned and rejected), S6 (adoption), J7 (reports until acknowledged).
+(what does not fit, or waited too long for a place, is tombstoned and rejected), S6 (adoption), J7 (reports until acknowledged).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from cluster_agent.core.capacity import FreeShape, Ledger, LocalQueue, NodeSpec
+from cluster_agent.core.capacity import PATIENCE_SECONDS, FreeShape, Ledger, LocalQueue, NodeSpec
 from cluster_agent.core.commands import (
     Action,
     AdoptWork,
@@ -36,6 +36,8 @@ SETTLED = (Phase.FINISHED, Phase.TOMBSTONED)
 
 DRAINING = "the cluster is draining"
 
+WAITED = f"it waited here for {PATIENCE_SECONDS:g} s and no place came free"
+
 
 class Holdings:
     """Owns the state, the capacity ledger, the queue and the outbox. Writes into `step` what must be recorded and
@@ -48,6 +50,12 @@ class Holdings:
         self._ledger = Ledger(nodes)
         self._queue = LocalQueue(*self._ledger.totals())
         self._lanes = Lanes()
+        self._strangers: set[AttemptKey] = set()
+        """What an earlier agent started: it may stand in a lane of the executor that is not known here."""
+        self.stuck = False
+        """What waited went back, and no place came free since: nothing more should be sent to wait here."""
+        self.handed_back = 0
+        """Attempts that went back since this process began."""
         self._unadopted: set[AttemptKey] = set()
         self._stopping: dict[float, list[AttemptKey]] = {}
 
@@ -67,6 +75,8 @@ class Holdings:
                 self.outbox.add(attempt.key)
             elif attempt.phase in (Phase.QUEUED, Phase.VOID):
                 del self.state.attempts[attempt.key]
+            else:
+                self._strangers.add(attempt.key)
 
     def alive(self) -> int:
         """Attempts that may have a process."""
@@ -87,12 +97,12 @@ class Holdings:
 
     # --- what owners want ---------------------------------------------------------------------------------------------
 
-    def take(self, shard: str, assignment: Assignment, link: Link, *, draining: bool) -> None:
+    def take(self, shard: str, assignment: Assignment, link: Link, now: float, *, draining: bool) -> None:
         """A dispatch that counts: queue it, reject it, or take it as a confirmation (F3, C3, S6)."""
         key, spec = assignment.key, assignment.spec
         attempt = self.state.attempts.get(key)
         if attempt is None or attempt.phase is Phase.VOID:
-            refusal = DRAINING if draining else self._refusal(key, spec.demand)
+            refusal = DRAINING if draining else self._refusal(key, spec.demand, now)
             if refusal:
                 self.put(Tombstoned(key, shard, link.generation, refusal))
                 self.outbox.add(key)
@@ -104,12 +114,12 @@ class Holdings:
         elif attempt.phase in SETTLED:
             self.outbox.add(key)  # the owner does not know yet
 
-    def _refusal(self, key: AttemptKey, demand: Demand) -> str:
+    def _refusal(self, key: AttemptKey, demand: Demand, now: float) -> str:
         """Why it cannot be taken into the queue; nothing if it was taken."""
         misfit = self._ledger.never_fits(demand)
         if misfit:
             return f"no node is large enough: {misfit}"
-        return "" if self._queue.offer(key, demand) else "the local queue is full"
+        return "" if self._queue.offer(key, demand, now) else "the local queue is full"
 
     def adopt(self, key: AttemptKey, link: Link) -> None:
         """It lives in the session's generation now (S6); it moves to that lease once the lease exists (F5)."""
@@ -183,6 +193,21 @@ class Holdings:
             self.outbox.add(key)
         self.do(KillAll())
 
+    def hand_back(self, now: float) -> None:
+        """Reject what has waited too long: run times grew, and another cluster may be free (C3). What was started is not in the
+        queue, even if it still waits for files or an environment."""
+        for key in self._queue.stale(now):
+            attempt = self.state.attempts[key]
+            self._queue.remove(key)
+            self.put(Tombstoned(key, attempt.shard, attempt.generation, WAITED))
+            self.outbox.add(key)
+            self.stuck = True
+            self.handed_back += 1
+
+    def wait_anew(self, now: float) -> None:
+        """Nobody looked after the queue until now: what waits could not have started."""
+        self._queue.wait_anew(now)
+
     # --- starting -----------------------------------------------------------------------------------------------------
 
     def start_what_fits(self, link: Link, now: float) -> None:
@@ -204,7 +229,9 @@ class Holdings:
                 continue
             if self._ledger.place(key, demand):
                 slots = self._lanes.hold(key, spec)
-            elif not (slots := self._lanes.follow(key, spec)):
+                if spec.carried or self._strangers:
+                    slots = 0  # a number would be wrong when its files are here, or leaves out the strangers
+            elif self._strangers or not (slots := self._lanes.follow(key, spec)):
                 break
             self._queue.remove(key)
             keep = spec.keep_at_fence
@@ -238,6 +265,8 @@ class Holdings:
 
     def _vacate(self, key: AttemptKey) -> None:
         """It holds nothing any more; its place goes to who waits behind it, as it does at the executor (G5)."""
+        self._strangers.discard(key)
+        self.stuck = False
         heir = self._lanes.leave(key)
         if heir is None:
             self._ledger.release(key)
@@ -279,7 +308,7 @@ class Holdings:
     def census(self, running: Mapping[AttemptKey, int], ended: Iterable[WorkEnded]) -> None:
         """F4: what was started but neither runs nor has ended is dead; its key is tombstoned before that is said."""
         for exit_ in ended:
-            self.ended(exit_.key, exit_.ended)
+            self.ended(exit_.key, exit_.ended, exit_.seconds)
         for attempt in self.state.attempts.values():
             if attempt.phase not in ALIVE:
                 continue

@@ -17,7 +17,7 @@ The rules, each with its place below:
   shard's epoch and mark before it is acted upon (`_admit`).
 * **G2**: at F the guard must live, stream or no stream; one that gives no sign of life is killed with its work
   (`_see_to_the_fence`). A new guard is told of the lease first (`_on_census`).
-* **C3**: this agent has the last word on what fits. **D1**: deadlines are mapped by the last answered heartbeat.
+* **C3**: this agent has the last word on what fits, and sends back what waits too long. **D1**: deadlines are mapped by the last answered heartbeat.
 
 One step handles a batch and is atomic: its actions leave only after its records are written (see `commands.Step`).
 """
@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster_agent.core import events as on
-from cluster_agent.core.capacity import NodeSpec
+from cluster_agent.core.capacity import QUEUE_FLOOR, NodeSpec
 from cluster_agent.core.commands import (
     DropStream,
     InventoryEntry,
@@ -53,6 +53,10 @@ tasks; larger: children of what is finished become ready later, and the queue mu
 
 DEEP_QUEUE, DEEP_GATHER_SECONDS = 64, 0.03
 """With so much waiting reports may gather longer: it is a multiple of what ends meanwhile, and its shards share commits."""
+
+AWAY_SECONDS = 1.0
+"""Between two steps while something waits: there is a tick every quarter of a second, so the process stood still meanwhile. Smaller:
+a busy host counts as an absence, and what waits is never handed back; larger: a pause of that length sends short work away."""
 
 GATHER_REPORTS = 256
 """Reports that leave without waiting for more: a full message is as cheap a task as any larger one."""
@@ -109,8 +113,10 @@ class AgentMachine:
 
     def step(self, happened: Sequence[on.Event], now: float) -> Step:
         """Take what happened, decide. `now`: boot clock, seconds. An empty batch is a tick."""
-        self._now = now
         held, link = self._held, self.link
+        if now - self._now > AWAY_SECONDS:
+            held.wait_anew(now)
+        self._now = now
         held.step = Step()
         self._check_lapse()
         for event in happened:
@@ -118,6 +124,8 @@ class AgentMachine:
         held.flush_stops()
         if link.leased and self._writable and self._joined and not self._guard_silent:
             held.start_what_fits(link, now)
+        if link.ready and self._writable:
+            held.hand_back(now)
         if link.ready and self.gathering(now) == 0.0:
             reports = held.outbox.due(self.state.attempts, stream=link.stream, generation=link.generation, now=now)
             if reports:
@@ -144,7 +152,13 @@ class AgentMachine:
         included = tuple((shard, epoch, number) for shard, (epoch, number) in self.link.received.items())
         closed = self._draining or not self._writable or self._guard_silent or not self._joined
         attempts = self._held.alive() + self._held.waiting()
-        return Vitals(self.link.generation, self._held.shapes(closed=closed), included, attempts)
+        limit = 0 if self._held.stuck else QUEUE_FLOOR
+        return Vitals(self.link.generation, self._held.shapes(closed=closed), included, attempts, limit)
+
+    @property
+    def handed_back(self) -> int:
+        """Attempts that waited here too long and went back, since this process began."""
+        return self._held.handed_back
 
     def find(self, run_uid: str, task: int, n: int) -> AttemptKey | None:
         """The key of an attempt whose nonce the asker does not know, if it is held here."""
@@ -251,7 +265,7 @@ class AgentMachine:
             return
         if self.link.expects(event.shard, event.epoch, event.dispatch_no):
             for assignment in event.assignments:
-                self._held.take(event.shard, assignment, self.link, draining=self._draining)
+                self._held.take(event.shard, assignment, self.link, self._now, draining=self._draining)
         number = self.link.count(event.shard, event.epoch, event.dispatch_no)
         self._held.do(SendReceipt(event.stream, event.shard, event.epoch, number))
 

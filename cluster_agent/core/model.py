@@ -156,6 +156,7 @@ class WorkSpec:
         stored = self.python is not None and bool(self.python.code) and not self.python.code_zip
         return stored or bool(self.artifacts) or self.checkpoint is not None
 
+
 @dataclass(frozen=True, slots=True)
 class Ended:
     """The end of an attempt, as it is reported. Wall times are milliseconds since the epoch; 0 means never."""
@@ -169,6 +170,7 @@ class Ended:
     late: bool = False
     artifacts: tuple[ArtifactRef, ...] = ()
     """What it made; stored already."""
+
 
 @dataclass(slots=True)
 class Attempt:

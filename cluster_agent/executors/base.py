@@ -19,9 +19,9 @@ G1): it outlives the agent, holds the lease timers, and kills on its own clock. 
 6. Exits are kept until `forget`: an agent that was away learns of them from `census` and from `events`.
 7. A workload leaves nothing behind: double forks and setsid are found and killed with it (G4), also when the guard dies.
 8. When a new connection is made, unread requests of the old one are void *before* the census is taken (G3).
-9. **Prefetch** (G5). Of python calls of one environment (tenant, requirements, code, limits) at most `slots` run at once; others
-   wait behind them and start when one ends, `Started` being told then. One that waits counts as started: it is in the census, its
-   lease and deadline end it. A stop, the fence or the end of a worker recalls it; what was recalled had not begun, so it ends
+9. **Prefetch** (G5). Of python calls of one environment (tenant, requirements, code, resources) at most `slots` run at once;
+   others wait behind them and start when one ends, `Started` being told then. One that waits counts as started: it is in the census,
+   its lease and deadline end it. A stop, the fence or the end of a worker recalls it; what was recalled had not begun, so it ends
    without having run, or runs elsewhere. `widen` raises `slots` for those that wait. An executor may also start all at once.
 """
 
@@ -83,11 +83,14 @@ class PythonCall:
     code_zip: bytes = b""
     tenant: str = ""
     """A worker serves one of these only: what a task leaves in its process is seen by nobody else."""
+    extended: tuple[tuple[str, int], ...] = ()
+    """Resources it holds that no limit bounds: calls that hold other ones (a GPU, say) never get each other's places."""
 
     @property
     def stored(self) -> bool:
         """Its code is in the artifact store."""
         return bool(self.code) and not self.code_zip
+
 
 @dataclass(frozen=True, slots=True)
 class StartRequest:
@@ -119,7 +122,11 @@ class StartRequest:
     @property
     def carried(self) -> bool:
         """Something has to be fetched before it can start."""
-        return bool(self.artifacts) or self.checkpoint is not None or (self.python is not None and self.python.stored)
+        call = self.python
+        if call is not None and call.code and not call.code_zip:
+            return True
+        return bool(self.artifacts) or self.checkpoint is not None
+
 
 class Cause(Enum):
     """Why a workload ended."""

@@ -131,7 +131,7 @@ class Carrying:
         """An entry as the agent shall see it."""
         key, exited = entry.key, entry.exited
         if entry.phase in LIVING and entry.run:
-            self._checkpoints.track(key, entry.run)
+            self._checkpoints.track(key, {"BATON_RUN": entry.run})
             kept = self._shelf.kept(key) if key in self._marked else None
             if kept is not None and kept.checkpoint is not None:
                 self._checkpoints.resume(key, kept)
@@ -160,14 +160,13 @@ class Carrying:
 
     async def start(self, requests: Sequence[StartRequest]) -> None:
         """See Executor."""
-        ready = []
-        for request in requests:
-            if request.carried:
-                self._fetch(request)
-            else:
-                self._checkpoints.track(request.key, _run(request))
-                ready.append(request)
+        ready = [request for request in requests if not request.carried]
+        if len(ready) < len(requests):
+            for request in requests:
+                if request.carried:
+                    self._fetch(request)
         if ready:
+            self._checkpoints.track_all(ready)
             await self._inner.start(ready)
 
     def _fetch(self, request: StartRequest) -> None:
@@ -199,7 +198,7 @@ class Carrying:
 
     async def _pass_on(self, key: AttemptKey, held: _Held) -> None:
         """Its files are here. If the executor is away, the next census begins with it."""
-        self._checkpoints.track(key, _run(held.request))
+        self._checkpoints.track(key, held.request.env)
         try:
             await self._inner.start([held.request])
         except OSError:
@@ -219,6 +218,9 @@ class Carrying:
     def _passes(self, event: ExecutorEvent) -> bool:
         """Whether an event is told now; else it is held back."""
         if isinstance(event, Exited):
+            if event.succeeded and not event.files_of and not self._marked:
+                self._checkpoints.over(event.key)  # nothing of it is held here: by far the most
+                return True
             if event.artifacts or event.cause is Cause.CARRIAGE:
                 return True  # our own words
             run = self._checkpoints.ended(event.key)
@@ -232,8 +234,7 @@ class Carrying:
                 return False
             self._checkpoints.drop(event.key)
         elif isinstance(event, Refused | Stopped):
-            self._checkpoints.ended(event.key)
-            self._checkpoints.drop(event.key)
+            self._checkpoints.over(event.key)
         return True
 
     def _store(self, exited: Exited) -> None:

@@ -24,6 +24,7 @@ from cluster_agent.executors.base import (
     Features,
     Phase,
     Refused,
+    Saved,
     Started,
     StartRequest,
     Stopped,
@@ -239,6 +240,8 @@ class FakeHost:
             ),
         )
         self._tell(Started(key, self._pids, wall))
+        if script.checkpoint is not None:
+            self._tell(Saved(key, script.checkpoint))
 
     def stop(self, keys: Sequence[AttemptKey], grace_seconds: float, now: float) -> None:
         """See Executor."""
@@ -365,7 +368,8 @@ class FakeHost:
                 cause, result = Cause.RESULT, b""
                 message = f"the result has {len(process.script.result)} bytes, over the limit of {limit // 1024} KiB"
         wall = self.clock.wall()
-        exited = Exited(key, cause, code, number, process.start_wall, wall, result, message, late)
+        made = process.script.artifacts if cause is Cause.EXIT and code == 0 else ()
+        exited = Exited(key, cause, code, number, process.start_wall, wall, result, message, late, artifacts=made)
         self._record(worded(exited, request))
         if process.confirm_stop:
             self._tell(Stopped(key))

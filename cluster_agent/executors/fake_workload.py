@@ -1,5 +1,5 @@
 """Fake workloads, and the disk of the host they run on. Scripts in argv: `fake --seconds 1.5 --exit 0 --result text
---output text --ignore-term`.
+--output text --ignore-term --artifact name --checkpoint 1`.
 
 A process ends by itself after `seconds`, at TERM unless it ignores it, and at KILL. Its `Interval` tells when it really
 lived, in true time, for the checkers of overlap.
@@ -7,9 +7,11 @@ lived, in true time, for the checkers of overlap.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from cluster_agent.core.model import ArtifactRef
 from cluster_agent.executors.base import AttemptKey, Cause, Exited, Phase, StartRequest
 
 
@@ -35,10 +37,15 @@ class Script:
     """How its end is classed if it ends by itself; RESULT and SPAWN have no exit code."""
     message: str = ""
     """Why it failed, in its own words."""
+    artifacts: tuple[ArtifactRef, ...] = ()
+    """What it has made, and stored, if it succeeds."""
+    checkpoint: ArtifactRef | None = None
+    """What it has saved, and stored, as soon as it runs."""
 
     @staticmethod
     def parse(argv: Sequence[str]) -> Script:
-        """From `fake --seconds S --exit N --result TEXT --output TEXT --ignore-term`. Raises ValueError."""
+        """From `fake --seconds S --exit N --result TEXT --output TEXT --ignore-term --artifact NAME --checkpoint K`. Raises
+        ValueError."""
         if not argv or argv[0] != "fake":
             raise ValueError(f"program {argv[0] if argv else ''!r} was not found: this executor runs only 'fake'")
         words, found, ignore_term = list(argv[1:]), {}, False
@@ -46,7 +53,7 @@ class Script:
             word = words.pop(0)
             if word == "--ignore-term":
                 ignore_term = True
-            elif word in ("--seconds", "--exit", "--result", "--output") and words:
+            elif word in ("--seconds", "--exit", "--result", "--output", "--artifact", "--checkpoint") and words:
                 found[word] = words.pop(0)
             else:
                 raise ValueError(f"fake workload: cannot read {word!r}")
@@ -56,7 +63,14 @@ class Script:
             found.get("--result", "").encode(),
             found.get("--output", "").encode(),
             ignore_term,
+            artifacts=(_ref(found["--artifact"]),) if "--artifact" in found else (),
+            checkpoint=_ref(f"checkpoint-{found['--checkpoint']}") if "--checkpoint" in found else None,
         )
+
+
+def _ref(name: str) -> ArtifactRef:
+    """Of content that is its own name; nothing stores it."""
+    return ArtifactRef(name, len(name), hashlib.sha256(name.encode()).digest())
 
 
 @dataclass(slots=True)

@@ -14,6 +14,10 @@ MAX_ANSWER = 1 << 20
 """Bytes of an answer: head and result. The worker holds results to the attempt's limit; this is only our buffer."""
 
 
+LATEST_WALL = 1e11
+"""Seconds: the year 5138. What is later, or no number, would not fit into a report."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A message of a worker: `head` as python_worker writes it."""
@@ -46,10 +50,21 @@ def read_answer(data: bytes, asked: str) -> Answer:
     """What it said about the call `asked`; nonsense soils it."""
     try:
         head, _, result = data.partition(b"\n")
-        return Answer(json.loads(head), result)
-    except ValueError:
+        said = json.loads(head)
+        if _sensible(said):
+            return Answer(said, result)
+        raise ValueError(f"no answer: {head[:80]!r}")
+    except (ValueError, RecursionError):
         nonsense = {"key": asked, "fault": "raised", "soiled": True, "left": True}
         return Answer({**nonsense, "message": "something else than the worker wrote to its guard"}, b"")
+
+
+def _sensible(said: object) -> bool:
+    """Whether it has the form of an answer. The task runs in the same process, and its nonsense must cost nobody else."""
+    if not isinstance(said, dict) or not isinstance(said.get("fault", ""), str):
+        return False
+    times = [said[name] for name in ("from", "to") if name in said]
+    return all(isinstance(time, int | float) and 0 <= time < LATEST_WALL for time in times)
 
 
 _FAULTS = {

@@ -10,8 +10,8 @@ from cluster_agent.executors.base import Limits, Phase, PythonCall, StartRequest
 from cluster_agent.guard.answers import Answer
 from cluster_agent.guard.workload import Workload
 
-Kind = tuple[str, tuple[str, ...], str, Limits]
-"""One environment: tenant, requirements, code, limits."""
+Kind = tuple[str, tuple[str, ...], str, Limits, tuple[tuple[str, int], ...]]
+"""One environment: tenant, requirements, code, limits, resources without a limit. What one lane of the agent is (core/lanes.py)."""
 
 
 @dataclass(slots=True, eq=False)

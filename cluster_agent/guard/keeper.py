@@ -101,6 +101,8 @@ class _Keeper:
         self._written = 0
         self._full = False
         self._main = 0
+        self._early: dict[int, int] = {}
+        """Children that a signal's handler collected before `fork` had told who the main one is."""
         self._status: int | None = None
         self._wake = -1
 
@@ -148,6 +150,8 @@ class _Keeper:
         self._main = os.fork()
         if self._main == 0:
             _become_workload(self._plan, self._pipes, said_write, host_proc)
+        if self._main in self._early:
+            self._status = self._early[self._main]
         for fd in (said_write, self._pipes.output_write, host_proc, *({self._pipes.control} - {-1})):
             os.close(fd)
         said = b""
@@ -191,6 +195,8 @@ class _Keeper:
                 return
             if pid == self._main:
                 self._status = status
+            elif not self._main:
+                self._early[pid] = status
 
     def _copy(self) -> bool:
         """Move one piece of output into the log. False at its end."""

@@ -104,6 +104,8 @@ class Lines:
             answer = self._pythons.receive(worker)
             if answer is None:
                 break
+            if not worker.line or answer.key != worker.line[0].name:
+                continue  # no call of ours: a task's own words, and the answer may be behind them
             if answer.ready:
                 self._leases.restart(answer.key, host.boot(), worker.workload.request.timeout_seconds)
             elif worker.answer is None:

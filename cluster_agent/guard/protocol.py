@@ -135,6 +135,8 @@ def start_to_wire(request: StartRequest) -> Message:
             "code": call.code,
             "tenant": call.tenant,
         }
+        if call.extended:
+            wire["python"]["extended"] = call.extended
     return wire
 
 
@@ -175,7 +177,8 @@ def start_from_wire(wire: Message) -> StartRequest:
 def _call_from_wire(wire: Message) -> PythonCall:
     requirements = tuple(str(each) for each in wire["requirements"])
     code, tenant = str(wire["code"]), str(wire["tenant"])
-    return PythonCall(str(wire["function"]), str(wire["args"]), requirements, code, tenant=tenant)
+    extended = tuple((str(name), int(amount)) for name, amount in wire.get("extended", ()))
+    return PythonCall(str(wire["function"]), str(wire["args"]), requirements, code, tenant=tenant, extended=extended)
 
 
 def code_to_wire(call: PythonCall) -> Message:

@@ -69,6 +69,9 @@ MAX_WAITING = 4096
 MAX_MESSAGE = 190_000
 """Bytes of one call: what fits into the socket's default buffer. Arguments and environment may have 64 and 32 KiB."""
 
+HELLO = b"h"
+"""First message in each pipe: it carries the socket for answers, and is no call."""
+
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -104,7 +107,8 @@ class Pythons:
     def admit(self, request: StartRequest, python: PythonCall) -> Call:
         """Take a call; `deal` gives it to a worker. Raises OSError when it can never be given to one."""
         limits = request.limits
-        kind = (python.tenant, python.requirements, python.code, replace(limits, output_bytes=0, result_bytes=0))
+        kept = replace(limits, output_bytes=0, result_bytes=0)
+        kind = (python.tenant, python.requirements, python.code, kept, python.extended)
         pool = self._pools.get(kind)
         if pool is None:
             pool = self._pools[kind] = Pool(kind)
@@ -182,7 +186,7 @@ class Pythons:
     # --- calls out ---------------------------------------------------------------------------------------------------
 
     def receive(self, worker: Worker) -> Answer | None:
-        """What it said; None if nothing (yet), or nothing about its present call. See `hung_up`."""
+        """What it said; None if nothing (yet). See `hung_up`."""
         try:
             data = worker.control.recv(MAX_ANSWER)
         except BlockingIOError:
@@ -192,8 +196,7 @@ class Pythons:
         if not data:
             worker.hung_up = worker.hung_up or host.boot()
             return None
-        answer = read_answer(data, worker.workload.name)
-        return answer if worker.line and answer.key == worker.line[0].name else None
+        return read_answer(data, worker.workload.name)
 
     def over(self, worker: Worker, now: float, *, bare: bool) -> Call | None:
         """The call at the head is over; the next one, which has begun, if there is one. `bare`: it left nothing."""
@@ -364,7 +367,7 @@ class Pythons:
         pipe, unread = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            socket.send_fds(pipe, [b"h"], [theirs.fileno()])
+            socket.send_fds(pipe, [HELLO], [theirs.fileno()])
             workload = self._spawner.spawn(own, {}, sys.executable, unread.fileno())
         except BaseException:
             for each in (pipe, unread, control):
@@ -388,4 +391,5 @@ def _unread(pipe: socket.socket) -> Iterator[str]:
     with suppress(BlockingIOError):
         while True:
             head, _, _ = pipe.recv(MAX_MESSAGE, socket.MSG_DONTWAIT).partition(b"\n")
-            yield str(json.loads(head)["key"])
+            if head != HELLO:  # that one is left if it died before it was a Python
+                yield str(json.loads(head)["key"])

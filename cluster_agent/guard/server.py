@@ -219,7 +219,7 @@ class Server:
         until = host.boot() + SLICE_SECONDS
         while self._requests:
             now = self._breathe()
-            if now >= until or self._accept():
+            if now >= until or self._accept() or not self._requests:  # void, if its agent was found dead meanwhile
                 return
             message = self._requests.popleft()
             try:

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 import grpc.aio
 
+from baton.bundles import BUNDLE_BYTES, BUNDLE_MESSAGES, join
 from baton.clock import Entropy
 from baton.errors import Denied, LimitExceeded
 from baton.v1 import agent_pb2 as pb
@@ -47,6 +48,9 @@ class GrpcAgentStream:
         self.broken: BaseException | None = None
         """Why the agent's side cannot be read, if it is the agent's fault."""
         self._requests = requests
+        self._arrived: deque[pb.SessionRequest] = deque()
+        self._bundles = False
+        """The agent reads `more`."""
         self._waiting: deque[bytes] = deque()
         self._bytes = 0
         self._changed = asyncio.Event()
@@ -56,11 +60,15 @@ class GrpcAgentStream:
         """See `sessions.AgentStream`."""
         if self._ended:
             raise StreamClosed
+        if self._arrived:
+            return self._arrived.popleft()
         try:
             payload = await anext(self._requests)
             if len(payload) > MAX_MESSAGE:
                 raise LimitExceeded(f"the message holds {len(payload)} bytes, more than {MAX_MESSAGE}")
             message: pb.SessionRequest = decode(pb.SessionRequest, payload)
+            if len(message.more) > BUNDLE_MESSAGES:
+                raise LimitExceeded(f"the message bundles {len(message.more)} others, more than {BUNDLE_MESSAGES}")
         except StopAsyncIteration:
             raise StreamClosed from None
         except asyncio.CancelledError:
@@ -70,12 +78,16 @@ class GrpcAgentStream:
             raise StreamClosed from error
         if self._ended:
             raise StreamClosed
+        self._arrived.extend(message.more)
+        self._bundles |= message.hello.bundles
         return message
 
     def send(self, message: pb.SessionResponse) -> bool:
         """See `sessions.AgentStream`."""
         if self._ended:
             return False
+        if message.HasField("welcome"):
+            message.welcome.bundles = True
         payload = message.SerializeToString()
         if len(self._waiting) >= QUEUE or self._bytes + len(payload) > QUEUE_BYTES:
             self.end()
@@ -96,13 +108,25 @@ class GrpcAgentStream:
         """What goes down, in order, to the end."""
         while True:
             while self._waiting:
-                payload = self._waiting.popleft()
-                self._bytes -= len(payload)
-                yield payload
+                yield self._next()
             if self._ended:
                 return
             self._changed.clear()
             await self._changed.wait()
+            # Acknowledgements follow the dispatches of their commit by a turn of the loop: they share a message.
+            await asyncio.sleep(0)
+
+    def _next(self) -> bytes:
+        """The first that waits, with all that follow as far as one message may carry them."""
+        payloads: list[bytes] = []
+        size = 0
+        while self._waiting and (not payloads or (self._bundles and size + len(self._waiting[0]) <= BUNDLE_BYTES)):
+            payloads.append(self._waiting.popleft())
+            size += len(payloads[-1])
+            if len(payloads) >= BUNDLE_MESSAGES:
+                break
+        self._bytes -= size
+        return join(pb.SessionResponse, payloads)
 
 
 class Agents:

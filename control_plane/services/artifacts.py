@@ -69,8 +69,8 @@ class Artifacts:
         self, pieces: AsyncIterator[artifact_pb2.PutArtifactRequest], asked: Asked
     ) -> AsyncIterator[artifact_pb2.PutArtifactResponse]:
         """ArtifactService.PutArtifact, at the replica that was asked."""
-        gateway = self._configured()
         first = await anext(pieces, None)
+        gateway = self._configured()
         if first is None or not first.HasField("header"):
             raise invalid("header", "is missing: the first message says what is put")
         header = first.header

@@ -1,6 +1,6 @@
 """Who calls, by certificate and nothing else (DESIGN 11, S1): roles come from a SPIFFE-style URI SAN.
 
-    spiffe://baton/cluster/NAME    an agent of that cluster: may open its session, nothing else
+    spiffe://baton/cluster/NAME    an agent of that cluster: may open its session and carry its artifacts, nothing else
     spiffe://baton/replica/NAME    a replica: may join the peer stream, nothing else
     spiffe://baton/user/NAME       a person or program: may use the public services
 
@@ -56,6 +56,10 @@ class Identity:
         return self.role in (Role.LOCAL, Role.REPLICA)
 
 
+NOBODY = Identity(Role.NOBODY)
+"""A caller that may do nothing."""
+
+
 def identify(auth: Mapping[str, Iterable[bytes]], *, tls: bool) -> Identity:
     """The caller of a connection, from what gRPC knows of its certificate. `tls`: the listener demands one."""
     if not tls:
@@ -64,7 +68,7 @@ def identify(auth: Mapping[str, Iterable[bytes]], *, tls: bool) -> Identity:
         found = parse(name.decode("utf-8", "replace"))
         if found is not None:
             return found
-    return Identity(Role.NOBODY)
+    return NOBODY
 
 
 def parse(uri: str) -> Identity | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from baton import names
 from baton.errors import BatonError, NotFound
+from baton.telemetry.logs import about
 from baton.v1 import agent_pb2, run_pb2
 from control_plane.core.model import AttemptState, TaskState
 from control_plane.core.shard import RunShard
@@ -121,7 +122,8 @@ class Logs:
                 async with aclosing(self._ask(place, session.replica, offset, end - offset)) as chunks:
                     async for chunk in chunks:
                         if chunk.error:
-                            log.info("an agent has no output", extra={"detail": chunk.error, "run": place.run_uid})
+                            fields = about(place.run_uid, task=place.task, attempt=place.n, detail=chunk.error)
+                            log.info("an agent has no output", extra=fields)
                             if place.ended:
                                 raise NotFound(f"its cluster keeps no output of attempt {place.n} any more")
                             return
@@ -133,7 +135,10 @@ class Logs:
             tries += 1
             if tries >= TRIES or asked.over:
                 name = self._desk.cluster_name(place.cluster)
-                raise BatonError("NOT_OWNED", f"cluster {name}, which has the output, cannot be reached right now")
+                raise BatonError(
+                    "NOT_OWNED",
+                    f"cluster {name}, which has the output, cannot be reached; its output can be read when it is back",
+                )
             await self._desk.clock.sleep(FOLLOW_PAUSE)
 
     async def _ask(

@@ -236,6 +236,8 @@ def _attempt(attempt: run_pb2.Attempt) -> core.AttemptFacts:
         overlap=attempt.overlap_possible,
         hedge=attempt.hedge,
         refused=attempt.refused_results,
+        checkpoint=attempt.checkpoint,
+        resumed=attempt.resumed_from,
     )
 
 

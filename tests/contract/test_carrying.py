@@ -29,6 +29,7 @@ from cluster_agent.executors.base import (
     Stopped,
 )
 from tests.contract.carrying_world import PATIENCE, RUN, CarryingWorld, ref_of
+from tests.contract.executor_worlds import FakeWorld
 from tests.contract.test_executor import Agent, new_key
 
 pytestmark = pytest.mark.timeout(60)
@@ -498,3 +499,17 @@ async def test_stored_code_is_fetched_once_and_kept(world: CarryingWorld, agent:
         assert (await agent.exit_of(key)).result == b"3"
     assert (await ran(world, agent, "total", [1], stored=True)).result == b"1"
     assert len(world.store.gets) == 1
+
+
+async def test_the_fake_executor_tells_files_that_its_script_names() -> None:
+    world = FakeWorld()
+    agent = await Agent(world.executor()).connect()
+    await agent.executor.configure(30.0, 4.0)
+    await agent.executor.renew(1, world.clock.boot())
+    good, bad = new_key(), new_key()
+    await agent.executor.start([world.request(good, "--artifact", "model", "--checkpoint", "3")])
+    await agent.executor.start([world.request(bad, "--artifact", "model", "--exit", "1")])
+    assert [ref.name for ref in (await agent.exit_of(good)).artifacts] == ["model"]
+    assert (await agent.exit_of(bad)).artifacts == ()
+    assert agent.kinds(good) == ["Started", "Saved", "Exited"]
+    await world.close()

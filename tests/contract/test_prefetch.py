@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(60)
 
 CODE, ZIP = packed(
     steps="""
-import os, signal, time
+import os, signal, socket, time
 
 def mark(path, word):
     with open(path, "a") as file:
@@ -40,6 +40,14 @@ def leave(path, word, code):
     mark(path, word)
     time.sleep(0.2)
     os._exit(code)
+def say(path, word, text):
+    for fd in range(3, 64):
+        try:
+            stream = socket.socket(fileno=os.dup(fd))
+            stream.send(text.encode())
+        except OSError:
+            pass
+    mark(path, word)
 def hang_up(path, word):
     mark(path, word)
     os.closerange(3, 1000)

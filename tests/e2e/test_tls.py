@@ -165,7 +165,7 @@ async def secured(children: Children, etcd: EtcdServer, tmp_path: Path) -> Secur
         "r1",
         "control_plane",
         *("--listen", f"0.0.0.0:{port}", "--advertise", f"localhost:{port}"),
-        *("--replica", "r1", "--history", str(tmp_path / "history")),
+        *("--replica", "r1", "--history", str(tmp_path / "history"), "--artifacts", f"dir:{tmp_path / 'artifacts'}"),
         *("--etcd", etcd.endpoint, "--etcd-prefix", f"{tmp_path.name}/", "--port-file", str(port_file)),
         *("--tls-cert", str(files.cert), "--tls-key", str(files.key), "--tls-ca", str(files.ca), "--allow-unsafe-etcd"),
     )
@@ -200,7 +200,8 @@ async def test_s1_a_real_agent_serves_its_own_cluster_and_no_other(secured: Secu
         await until(lambda: "session stands" in secured.children.log("eu").read_text(), "eu to be served")
         await until(lambda: "DENIED" in secured.children.log("us").read_text(), "us to be refused")
         spec = graph_pb2.GraphSpec()
-        spec.tasks.add(id="a").process.argv.extend(["sh", "-c", 'printf done > "$BATON_RESULT"'])
+        spec.tasks.add(id="a").process.argv.extend(["sh", "-c", 'printf done > "$BATON_ARTIFACTS_DIR/f"'])
+        spec.tasks.add(id="b", parents=["a"]).process.argv.extend(["sh", "-c", 'grep -q done "$BATON_INPUT_DIR/a/f"'])
         run = await client.wait_run((await client.create_run(spec, deadline=CLOCK.wall() + 300)).name)
         assert run.state == run_pb2.RUN_STATE_SUCCEEDED
         assert (await client.get_task(f"{run.name}/tasks/a")).attempts[0].cluster == "eu"

@@ -71,17 +71,17 @@ def test_what_already_runs_is_counted_even_without_room() -> None:
 
 def test_the_queue_is_bounded_by_capacity_beyond_its_floor() -> None:
     queue = LocalQueue(cpu_millis=1000 * (QUEUE_FLOOR + 2), memory_bytes=0)
-    assert all(queue.offer(key(task), Demand(1000)) for task in range(QUEUE_FLOOR + 2))
-    assert not queue.offer(key(9_999), Demand(1000))
+    assert all(queue.offer(key(task), Demand(1000), 0.0) for task in range(QUEUE_FLOOR + 2))
+    assert not queue.offer(key(9_999), Demand(1000), 0.0)
     queue.remove(key(0))
-    assert queue.offer(key(9_999), Demand(1000))
+    assert queue.offer(key(9_999), Demand(1000), 0.0)
     assert [held.task for held in queue.clear()][-1] == 9_999
     assert len(queue) == 0
 
 
 def test_the_queue_is_bounded_for_tasks_that_ask_for_nothing() -> None:
     queue = LocalQueue(1000, 0)
-    assert sum(queue.offer(key(task), Demand()) for task in range(QUEUE_CEILING + 5)) == QUEUE_CEILING
+    assert sum(queue.offer(key(task), Demand(), 0.0) for task in range(QUEUE_CEILING + 5)) == QUEUE_CEILING
 
 
 demands = st.builds(Demand, st.integers(0, 3000), st.integers(0, 300))

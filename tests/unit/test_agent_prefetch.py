@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cluster_agent.core import events as on
 from cluster_agent.core.commands import SendReports, StartOrder, StartWork, Step, StopWork, WidenWork
 from cluster_agent.core.lanes import AHEAD_MOST, AHEAD_SECONDS
-from cluster_agent.core.model import Demand, Ended, Outcome, Phase, PythonCall, WorkSpec
+from cluster_agent.core.model import ArtifactRef, ArtifactSource, Demand, Ended, Outcome, Phase, PythonCall, WorkSpec
 from tests.unit.agent_machine_world import ENDED, World, key, none, spec, started, the
 
 SHORT = 0.001
@@ -180,6 +180,30 @@ def test_a_new_agent_knows_no_lanes_and_is_careful() -> None:
     assert free(again) == 1000
 
 
+def test_g1_beside_work_of_an_earlier_agent_a_call_with_a_place_starts_at_once() -> None:
+    """The executor may count that work in the same environment: told "one at once", it would hold ours back for hours."""
+    before = learned(cpus=2)
+    before.dispatch(0, work=call())
+    world = World(2, leased=False, state=before.machine.state)
+    world.step(on.Census({key(0): 1}, ()))
+    world.session(2)
+    world.ack(2)
+    assert slots(world.dispatch(1, generation=2, work=call())) == {1: 0}
+    end(world, 1)
+    world.dispatch(2, generation=2, work=call())
+    assert started(world.dispatch(3, generation=2, work=call())) == [], "behind whom is not known"
+    end(world, 0)
+    assert slots(world.dispatch(4, 5, generation=2, work=call())) == {4: 2, 5: 2}
+
+
+def test_a_call_that_waits_for_files_starts_at_once_when_they_are_here() -> None:
+    """By then another number of its like may run than when it got its place."""
+    world = learned(cpus=2)
+    maker = ArtifactSource("a", key(7), "cu", ArtifactRef("x", 1, b"d" * 32), "t")
+    assert slots(world.dispatch(0, work=replace(call(), artifacts=(maker,)))) == {0: 0}
+    assert slots(world.dispatch(1, 2, work=call())) == {1: 2, 2: 2}
+
+
 moves = st.lists(
     st.tuples(st.sampled_from(["call", "other", "end", "stop", "refuse", "long"]), st.integers(0, 30)), max_size=80
 )
@@ -223,3 +247,11 @@ def test_a_process_task_has_no_lane() -> None:
     assert slots(step) == {0: 0}
     assert none(step, WidenWork)
     assert Demand(1000) == orders(step)[0].spec.demand
+
+
+def test_a_long_call_that_ended_while_the_executor_was_away_is_not_learned_as_short() -> None:
+    world = World(1)
+    world.dispatch(0, work=call())
+    world.step(on.ExecutorLost())
+    world.step(on.Census({}, (on.WorkEnded(key(0), ENDED, 3600.0),)))
+    assert started(world.dispatch(1, 2, work=call())) == [1]

@@ -11,7 +11,9 @@ from control_plane.core.model import GraphTask, Stamp, TaskSpec
 from lab.chaos.effects import COARSE, DECIDED, Effects
 from lab.chaos.ground import Ground
 from lab.chaos.nemesis import BRIEF, GUARD_PAUSE, LONG, SIEGES, Nemesis
-from lab.checking.history import Written
+from lab.checking.history import Record, Written
+from lab.checking.judging import judge
+from lab.checking.processes import no_overlap
 from lab.layout import Settings
 
 RUN = "namespaces/default/runs/r"
@@ -58,6 +60,17 @@ def test_a_second_start_under_one_fence_is_another_life_and_an_unplaced_one_is_s
         AttemptKey("u1", 0, 9, "unplaced")
     ]
     assert [each.interval.start for each in found] == [1.0 + COARSE, 3.0 + COARSE, 4.0 + COARSE]
+
+
+def test_copies_that_lived_at_once_are_found_in_effect_logs(tmp_path: Path) -> None:
+    effects = Effects(tmp_path, {"eu": 1000, "us": 0}, 100.0)
+    (tmp_path / "us.log").write_text(f"start {RUN} b 1.2 7 130.00\nend {RUN} b 1.2 7 131.00\n")
+    for last, broken in (("1129.90", False), ("1130.50", True)):
+        (tmp_path / "eu.log").write_text(f"start {RUN} b 1.1 7 1110.00\ntick {RUN} b 1.1 7 {last}\n")
+        written = journal()
+        record = Record(written, effects.ran(written), (), {}, healed=0.0, ended=40.0, died=())
+        found = {each.invariant for each in judge(record, (no_overlap,))}
+        assert found == ({"I9 no overlap"} if broken else set())
 
 
 def test_every_kind_of_strike_comes_before_any_comes_again(tmp_path: Path) -> None:

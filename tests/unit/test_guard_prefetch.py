@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster_agent.executors.base import AttemptKey
 from cluster_agent.guard import host, isolation
+from cluster_agent.guard.answers import read_answer
 from cluster_agent.guard.cgroups import RECORD, Groups
 from cluster_agent.guard.guard import Guard
 from cluster_agent.guard.ledger import Ledger
@@ -121,6 +123,31 @@ def test_g5_what_a_dead_worker_did_not_receive_goes_to_another_at_once(turns: Tu
     assert [turns.ledger.exits[name][1]["code"] for name in marks.words] == [3, 0, 0, 0]
 
 
+@pytest.mark.parametrize("at", [0.0, 0.002, 0.004, 0.006, 0.01, 0.02])
+def test_f8_a_worker_that_is_stopped_before_it_is_a_python_costs_its_call_only(
+    turns: Turns, tmp_path: Path, at: float
+) -> None:
+    """Its pipe holds what no worker reads any more, the socket for answers among it."""
+    request = Marks(tmp_path / "marks").request("pause", 60.0)
+    assert request.python is not None
+    turns.ask(code_to_wire(request.python))
+    turns.guard.start_calls([start_to_wire(request)], host.boot())
+    since = host.boot()
+    turns.until(lambda: host.boot() >= since + at)
+    turns.ask({"op": "stop", "keys": names(request.key), "grace": 0.0})
+    turns.until(lambda: any(message["ev"] == "stopped" for message in turns.told))
+    assert turns.ends()[request.key.text()] in ("stop", "spawn")
+
+
+def test_calls_that_hold_other_resources_do_not_get_each_others_places(turns: Turns, marks: Marks) -> None:
+    """One holds a GPU, say: no limit tells them apart, and their numbers are those of two lanes of the agent."""
+    plain, other = marks.request("pause", 60.0), marks.request("pause", 60.0)
+    assert other.python is not None
+    special = replace(other, python=replace(other.python, extended=(("gpu", 1),)))
+    turns.guard.start_calls([start_to_wire(plain), start_to_wire(special)], host.boot())
+    turns.until(lambda: sorted(marks.words) == sorted(names(plain.key, special.key)))
+
+
 def test_f4_calls_of_one_batch_are_on_the_ledger_before_one_runs(turns: Turns, marks: Marks, tmp_path: Path) -> None:
     requests = [marks.request("mark") for _ in range(3)]
     turns.guard.start_calls([start_to_wire(request) for request in requests], host.boot())
@@ -142,3 +169,36 @@ def test_the_ledger_reads_what_it_wrote_together(tmp_path: Path) -> None:
     assert list(again.exits) == keys[1:2]
     assert all(again.knows(key) for key in keys)
     again.close()
+
+
+def test_g5_a_task_that_speaks_to_the_guard_hides_no_answer(turns: Turns, marks: Marks) -> None:
+    """Its words are about no call. Were its answer behind them not seen, a stop would meet the call after it."""
+    first, following = marks.request("say", '{"key": "other"}'), marks.request("pause", 60.0)
+    turns.guard.start_calls([start_to_wire(first), start_to_wire(following)], host.boot())
+    turns.until(lambda: len(marks.words) == 2, turning=False)
+    turns.ask({"op": "stop", "keys": names(first.key), "grace": 0.0})
+    turns.until(lambda: any(message["ev"] == "stopped" for message in turns.told))
+    for _ in range(20):
+        turns.turn()
+    assert turns.ends()[first.key.text()] == "exit"
+    assert following.key.text() not in turns.ends()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"5",
+        b"[]",
+        b"null",
+        b"[" * 100_000,
+        b"\xff",
+        b"",
+        b'{"key": "a", "fault": []}',
+        b'{"key": "a", "from": NaN}',
+        b'{"key": "a", "to": 1e300}',
+        b'{"key": "a", "to": "soon"}',
+    ],
+)
+def test_nonsense_from_a_worker_soils_it_and_nothing_more(said: bytes) -> None:
+    answer = read_answer(said + b"\nrest", "a")
+    assert (answer.key, answer.soiled, answer.result) == ("a", True, b"")

@@ -112,6 +112,18 @@ def test_an_agent_that_does_not_read_is_told_no_more_of_it(server: Server, agent
     assert len(server._unsent) == waiting
 
 
+def test_g1_an_agent_that_dies_amid_its_requests_does_not_take_the_guard_with_it(
+    server: Server, agent: socket.socket
+) -> None:
+    """A sign of life is due between two of them, and finds nobody: the rest is void."""
+    server._requests.extend([{"op": "configure", "fence": 9.0, "kill": 3.0}] * 2)
+    server._ticked = 0.0
+    agent.close()
+    server._work()
+    assert server._connection is None
+    assert not server._requests
+
+
 def test_g3_what_is_read_after_a_new_agent_came_is_void_though_the_poll_saw_only_the_old_one(
     server: Server, dial: Callable[[], socket.socket]
 ) -> None:

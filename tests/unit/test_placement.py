@@ -10,6 +10,7 @@ from typing import Any
 from baton.internal import peer_pb2 as pb
 from baton.v1 import agent_pb2, cluster_pb2
 from control_plane.core.commands import (
+    CancelRun,
     CreateRun,
     DropGrants,
     Finish,
@@ -261,6 +262,27 @@ def test_c1_nothing_is_wanted_anew_while_permissions_are_being_bound() -> None:
         await world.submit_run(20, name="more")
         await world.clock.sleep(5.0)
         assert world.live() == {"eu": 4}
+
+    story(play)
+
+
+def test_c2_permissions_that_found_no_task_are_not_used_after_they_were_returned() -> None:
+    async def play(world: World) -> None:
+        await world.cluster("eu", 4)
+        await world.take("00", "01")
+        world.wire.delays = [(0.1,)]
+        await world.submit_run(4)
+        await world.clock.sleep(0.05)
+        cancel = CancelRun(Request("", ""), "ns", "r", "not needed")
+        await world.controller.submit("00", cancel, timeout=1.0)
+        await world.clock.sleep(0.3)
+        assert world.granted() == 4, "they came, and nobody waited any more"
+        await world.submit_run(4, shard="01", name="other")
+        await world.clock.sleep(0.3)
+        assert world.live("01") == {"eu": 4}, "given to others"
+        await world.submit_run(4, name="again")
+        await world.clock.sleep(0.3)
+        assert world.live() == {}
 
     story(play)
 

@@ -6,8 +6,9 @@ import pytest
 
 from control_plane.core.commands import DropGrants, Finish, Grant, PutNamespace, TakeGrants, TakeReports
 from control_plane.core.events import AttemptsFinished, AttemptsPlaced
-from control_plane.core.model import Admission, OnClusterLost, Outcome, Resources, TaskState
+from control_plane.core.model import Admission, AttemptState, OnClusterLost, Outcome, Resources, TaskState
 from control_plane.core.placing import PLACINGS
+from control_plane.core.run_times import short
 from tests.unit.core.shard_kit import START, Shard, facts, request, task
 
 
@@ -182,12 +183,41 @@ def test_demand_says_what_a_task_of_the_group_took() -> None:
     assert [line.run_seconds for line in shard.machine.demand(START)] == [pytest.approx(0.04)]
 
 
-def test_a_start_that_is_told_by_itself_says_that_it_takes_long() -> None:
+def test_a_start_that_is_told_by_itself_says_that_run_times_have_grown() -> None:
     shard = Shard(facts("a"))
     shard.create(*(task(f"t{i}") for i in range(4)))
-    shard.grant("a")
+    shard.grant("a", 2)
     shard.do(TakeReports("a", 1, started=((shard.only(0), START - 0.5),)))
-    assert [line.run_seconds for line in shard.machine.demand(START)] == [pytest.approx(0.5)]
+    assert [line.run_seconds for line in shard.machine.demand(START)] == [0.0], "it may run for hours"
+    done = Finish(shard.only(0), Outcome.SUCCEEDED, 0, b"", "", START, START + 0.04)
+    shard.do(TakeReports("a", 1, finished=(done,)))
+    shard.do(TakeReports("a", 1, started=((shard.only(1), START - 0.5),)))
+    assert [line.run_seconds for line in shard.machine.demand(START)] == [pytest.approx(0.04 + 0.46 / 8)]
+
+
+def test_c3_what_came_back_from_a_queue_is_not_short_and_its_place_is_not_filled_again() -> None:
+    shard = Shard(facts("a"), facts("b"))
+    shard.create(*(task(f"t{i}") for i in range(20)))
+    shard.grant("a")
+    shard.do(TakeReports("a", 1, finished=(Finish(shard.only(0), Outcome.SUCCEEDED, 0, b"", "", START, START + 0.001),)))
+    shard.grant("a", 5)
+    full, *waiting = sorted(shard.machine.live_on("a"))
+    shard.do(TakeReports("a", 1, rejected=((full, "the local queue is full"),)))
+    (line,) = shard.machine.demand(shard.now)
+    assert line.run_seconds == 0.001, "a refusal at once says nothing about run times"
+    shard.now += 2.1
+    shard.do(TakeReports("a", 1, rejected=tuple((attempt, "it waited") for attempt in waiting[:3])))
+    (line,) = shard.machine.demand(shard.now)
+    assert not short(line.run_seconds)
+    shard.later(0.2)
+    left = set(shard.machine.live_on("a"))
+    done = Finish(min(left), Outcome.SUCCEEDED, 0, b"", "", START, START + 0.001)
+    shard.do(TakeReports("a", 1, finished=(done,)))
+    assert set(shard.machine.live_on("a")) < left, "it was one of a queue: the leader has to say who gets it"
+    shard.grant("b", 3)
+    again = [attempt for attempt in shard.machine.live_on("b") if attempt.n == 2]
+    assert sorted(attempt.task for attempt in again) == sorted(attempt.task for attempt in waiting[:3])
+    assert all(shard.task(attempt.task).attempts[0].state is AttemptState.REJECTED for attempt in again)
 
 
 def test_f7_work_that_is_not_copied_is_never_taken_for_short() -> None:

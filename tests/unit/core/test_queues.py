@@ -13,7 +13,7 @@ from control_plane.core.capacity import Shape
 from control_plane.core.model import Admission, ClusterFacts, Generation, Group, Health, Resources
 from control_plane.core.offers import Holding, Offer, Plan, Snapshot, Want
 from control_plane.core.queues import HORIZON, SHORTEST, room_of
-from control_plane.core.run_times import MAX_MIXED, MAX_PROGRAMS, TICK, RunTimes
+from control_plane.core.run_times import MAX_MIXED, MAX_PROGRAMS, SLOW, TICK, RunTimes, short
 from control_plane.core.scheduler import place
 
 NOW = 1000.0
@@ -196,6 +196,37 @@ def test_run_times_rise_fast_and_fall_slowly() -> None:
     assert times.of("g", [P]) < 0.02, "one slow start does not empty it"
     times.learn("g", P, -5.0)
     assert times.of("g", [P]) > 0.0, "a clock that stepped back says nothing"
+
+
+def test_a_program_whose_task_came_back_unstarted_is_not_short_for_a_dozen_ends() -> None:
+    times = RunTimes()
+    for _ in range(100):
+        times.learn("g", P, 0.001)
+    for _ in range(200):
+        times.slow("g", P)
+    assert not short(times.of("g", [P]))
+    assert not short(times.mean("g"))
+    for _ in range(10):
+        times.learn("g", P, 0.001)
+    assert not short(times.of("g", [P])), "a few ends do not fill the same queue again"
+    for _ in range(10):
+        times.learn("g", P, 0.001)
+    assert short(times.of("g", [P])), "a cluster that stood still for a moment is forgiven"
+    times.learn("g", P, 60.0)
+    times.slow("g", P)
+    assert times.of("g", [P]) > SLOW, "what is known to be worse stays so"
+
+
+def test_a_task_that_still_runs_only_raises_what_is_known() -> None:
+    times = RunTimes()
+    times.running("g", P, 0.1)
+    assert times.of("g", [P]) == 0.0, "it may run for hours: work that never ended is not short"
+    times.learn("g", P, 60.0)
+    times.running("g", P, 0.1)
+    assert times.of("g", [P]) == 60.0
+    times.learn("h", P, 0.001)
+    times.running("h", P, 0.1)
+    assert times.of("h", [P]) > 0.01
 
 
 def test_a_group_is_as_slow_as_the_slowest_program_that_is_ready() -> None:
