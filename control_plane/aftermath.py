@@ -15,6 +15,7 @@ import logging
 from typing import TYPE_CHECKING, cast
 
 from baton.clock import Clock
+from baton.telemetry.logs import about
 from control_plane.bell import Bell
 from control_plane.core.commands import Refused, TakeHistory
 from control_plane.core.model import FLEET, RunState
@@ -85,7 +86,7 @@ class Aftermath:
             state = _FINAL.get(past.state) if past is not None else None
             if state is not None:
                 await self._controller.submit(shard.id, TakeHistory(uid, state), timeout=TIMEOUT)
-                log.warning("a finished run was live again", extra={"shard": shard.id, "run": uid, "state": state.name})
+                log.warning("a finished run was live again", extra=about(uid, shard=shard.id, state=state.name))
 
 
 def _open_runs(machine: object) -> list[str]:

@@ -13,7 +13,8 @@ import signal
 import socket
 import subprocess
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -35,6 +36,17 @@ RPC_TIMEOUT = 30.0
 """Seconds for a snapshot or an alarm."""
 
 
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """A member's place in a cluster of several."""
+
+    name: str
+    ports: tuple[int, int, int]
+    """Client, peer, metrics: all members must know them before the first one starts."""
+    peers: Mapping[str, int]
+    """Name of every member -> its peer port."""
+
+
 class EtcdServer:
     """See the module. A context manager: entering starts it, leaving stops it."""
 
@@ -45,14 +57,18 @@ class EtcdServer:
         binary: EtcdBinary | None = None,
         tls: TlsFiles | None = None,
         flags: Sequence[str] = (),
+        membership: Membership | None = None,
     ) -> None:
-        """`data_dir` is made if need be and kept; `tls` makes clients show a certificate; `flags` go to etcd as is."""
+        """`data_dir` is made if need be and kept; `tls` makes clients show a certificate; `flags` go to etcd as is. With
+        `membership` it is one of several, and serves only once most of them run."""
         self.binary = binary or find_etcd()
         self.data_dir = data_dir
         self.log_path = data_dir.with_name(data_dir.name + ".log")
         self._tls = tls
         self._flags = tuple(flags)
-        self._ports: tuple[int, int, int] | None = None
+        self._name = membership.name if membership else "baton"
+        self._peers = membership.peers if membership else {}
+        self._ports = membership.ports if membership else None
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> EtcdServer:
@@ -158,10 +174,16 @@ class EtcdServer:
     def _spawn(self, ports: tuple[int, int, int]) -> subprocess.Popen[bytes]:
         scheme = "https" if self._tls else "http"
         client, peer = f"{scheme}://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}"
-        command = [str(self.binary.etcd), "--name", "baton", "--data-dir", str(self.data_dir), "--log-level", "warn"]
+        members = ",".join(f"{name}=http://127.0.0.1:{port}" for name, port in self._peers.items())
+        command = [str(self.binary.etcd), "--name", self._name, "--data-dir", str(self.data_dir), "--log-level", "warn"]
         command += ["--listen-client-urls", client, "--advertise-client-urls", client]
         command += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
-        command += ["--initial-cluster", f"baton={peer}", "--listen-metrics-urls", f"http://127.0.0.1:{ports[2]}"]
+        command += [
+            "--initial-cluster",
+            members or f"{self._name}={peer}",
+            "--listen-metrics-urls",
+            f"http://127.0.0.1:{ports[2]}",
+        ]
         if self._tls:
             command += ["--cert-file", str(self._tls.cert), "--key-file", str(self._tls.key)]
             command += ["--trusted-ca-file", str(self._tls.ca), "--client-cert-auth"]

@@ -52,7 +52,8 @@ class Federation:
         self.links = Links(settings.replica_names, settings.clusters)
         self._store = Store(layout, self.links, self.binary)
         self._replicas = {
-            name: Replica(name, layout, self.links, unsafe_etcd=unsafe) for name in settings.replica_names
+            name: Replica(name, layout, self.links, unsafe_etcd=unsafe, collector=settings.otlp_endpoint)
+            for name in settings.replica_names
         }
         self._clusters = {name: Cluster(name, layout, self.links, settings, entropy) for name in settings.clusters}
 

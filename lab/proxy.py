@@ -4,7 +4,9 @@ Theory: a cut cable does not close connections. Both ends keep their sockets, he
 deadlines; this is the failure that leases exist for (PROTOCOL F5, S3), and the one that killing a process cannot show.
 So `DROP` keeps every socket and moves no byte, in neither direction, for old connections and new ones; after `PASS` what
 was held goes on, as after a healed partition. `RESET` is the other kind: connections die at once and new ones are
-refused. `DELAY` holds each piece for a time, in order, without narrowing the way (a long line, not a slow one).
+refused. `DELAY` holds each piece for a time, in order, without narrowing the way (a long line, not a slow one). `DROP_UP` and
+`DROP_DOWN` are a cut in one direction: to the target, and from it. `strand` makes connections half open: the far end is
+gone, and the near one is never told.
 
 A proxy belongs to one asyncio loop. Its memory is bounded: at most `HELD` pieces per direction of a connection; beyond
 that it stops reading, and the sender's own buffers fill, as on a real network.
@@ -16,6 +18,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 
 from baton.clock import SystemClock
@@ -38,8 +41,18 @@ class Mode(Enum):
 
     PASS = "pass"  # noqa: S105  # no password
     DROP = "drop"
+    DROP_UP = "drop up"
+    DROP_DOWN = "drop down"
     RESET = "reset"
     DELAY = "delay"
+
+
+@dataclass(slots=True)
+class _Connection:
+    """What one connection holds."""
+
+    writers: list[asyncio.StreamWriter]
+    stranded: asyncio.Event
 
 
 class Proxy:
@@ -51,11 +64,12 @@ class Proxy:
         self._clock = SystemClock()
         self._mode = Mode.PASS
         self._delay = 0.0
-        self._open = asyncio.Event()
-        self._open.set()
+        self._up, self._down = asyncio.Event(), asyncio.Event()
+        self._up.set()
+        self._down.set()
         self._server: asyncio.Server | None = None
         self._port = 0
-        self._connections: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
+        self._connections: dict[asyncio.Task[None], _Connection] = {}
 
     @property
     def port(self) -> int:
@@ -86,19 +100,26 @@ class Proxy:
         """Change what the network does, for all connections at once. `delay_seconds` is of DELAY, one way."""
         self._mode = mode
         self._delay = delay_seconds if mode is Mode.DELAY else 0.0
-        if mode is Mode.DROP:
-            self._open.clear()
-        else:
-            self._open.set()
+        for gate, closed in ((self._up, Mode.DROP_UP), (self._down, Mode.DROP_DOWN)):
+            if mode in (Mode.DROP, closed):
+                gate.clear()
+            else:
+                gate.set()
         if mode is Mode.RESET:
             self.reset()
 
     def reset(self) -> None:
         """Break every connection with RST, whatever the mode; new ones are served as the mode says."""
-        for task, writers in self._connections.items():
-            for writer in writers:
+        for task, connection in self._connections.items():
+            for writer in connection.writers:
                 _abort(writer)
             task.cancel()
+
+    def strand(self) -> None:
+        """Make every connection half open: the far side sees a reset, the near one hears nothing ever again, until it gives up.
+        New connections are served as the mode says."""
+        for connection in self._connections.values():
+            connection.stranded.set()
 
     async def close(self) -> None:
         """Stop listening and break everything."""
@@ -115,46 +136,51 @@ class Proxy:
         if task is None or self._mode is Mode.RESET:
             _abort(writer)
             return
-        self._connections[task] = [writer]
+        connection = self._connections[task] = _Connection([writer], asyncio.Event())
         try:
-            await self._serve(reader, writer, self._connections[task])
+            await self._serve(reader, writer, connection)
         except (OSError, TimeoutError, asyncio.CancelledError):
             pass  # either end has gone, the far side refused, or we were told to break it: the near side sees a reset
         finally:
-            for each in self._connections.pop(task):
+            for each in self._connections.pop(task).writers:
                 _abort(each)
 
-    async def _serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, writers: list[asyncio.StreamWriter]
-    ) -> None:
-        await self._open.wait()
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: _Connection) -> None:
+        await self._up.wait()
         target = self._target()
         if target is None:
             return
         async with asyncio.timeout(CONNECT_SECONDS):
             far_reader, far_writer = await asyncio.open_connection(*target)
-        writers.append(far_writer)
+        connection.writers.append(far_writer)
         pumps = [
-            asyncio.create_task(self._pump(reader, far_writer)),
-            asyncio.create_task(self._pump(far_reader, writer)),
+            asyncio.create_task(self._pump(reader, far_writer, self._up)),
+            asyncio.create_task(self._pump(far_reader, writer, self._down)),
         ]
+        both, stranding = asyncio.gather(*pumps), asyncio.create_task(connection.stranded.wait())
         try:
-            await asyncio.gather(*pumps)
+            await asyncio.wait((both, stranding), return_when=asyncio.FIRST_COMPLETED)
+            if both.done():
+                both.result()
         finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+            for each in (*pumps, stranding):
+                each.cancel()
+            await asyncio.gather(both, *pumps, stranding, return_exceptions=True)
+        if connection.stranded.is_set():
+            _abort(far_writer)
+            while await reader.read(PIECE_BYTES):
+                pass  # heard by nobody
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: asyncio.Event) -> None:
         """One direction until its end; then the other side's writing end is closed, as the sender closed its own."""
         line: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(HELD)
-        filling = asyncio.create_task(self._fill(reader, line))
+        filling = asyncio.create_task(self._fill(reader, line, way))
         try:
             while True:
                 due, piece = await line.get()
                 if (wait := due - self._clock.boot()) > 0:
                     await asyncio.sleep(wait)
-                await self._open.wait()
+                await way.wait()
                 if not piece:
                     break
                 writer.write(piece)
@@ -166,13 +192,15 @@ class Proxy:
             filling.cancel()
             await asyncio.gather(filling, return_exceptions=True)
 
-    async def _fill(self, reader: asyncio.StreamReader, line: asyncio.Queue[tuple[float, bytes]]) -> None:
+    async def _fill(
+        self, reader: asyncio.StreamReader, line: asyncio.Queue[tuple[float, bytes]], way: asyncio.Event
+    ) -> None:
         while True:
-            await self._open.wait()
+            await way.wait()
             try:
                 piece = await reader.read(PIECE_BYTES)
             except ConnectionError:
-                await self._open.wait()  # a cut network does not tell that the other end died
+                await way.wait()  # a cut network does not tell that the other end died
                 raise
             await line.put((self._clock.boot() + self._delay, piece))
             if not piece:

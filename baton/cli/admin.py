@@ -12,6 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from baton import quantity
 from baton.cli import render, session
+from baton.cli import restore as restoring
 from baton.cli.render import Column, Kind
 from baton.client import AsyncClient
 from baton.clock import Clock
@@ -59,9 +60,15 @@ def admin() -> None:
 @admin.command()
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--now", is_flag=True, help="Do not wait: you know that no work from after the snapshot survives.")
+@click.option(
+    "--backup",
+    "file",
+    type=click.Path(dir_okay=False, exists=True),
+    help="The file that was restored: also tell which runs differ, by its time of change.",
+)
 @session.json_output
 @session.connected
-def restored(*, yes: bool, now: bool, as_json: bool, to: Context) -> None:
+def restored(*, yes: bool, now: bool, file: str | None, as_json: bool, to: Context) -> None:
     """Say that etcd was restored from a snapshot on purpose (PROTOCOL J12); work goes on after it.
 
     Waits until every agent has ended what was placed after the snapshot, so that nothing runs beside its repetition. With
@@ -70,11 +77,20 @@ def restored(*, yes: bool, now: bool, as_json: bool, to: Context) -> None:
     \b
     Example:
       baton admin restored --yes
+      baton admin restored --yes --backup federation.db
     """
     if not yes:
         click.confirm("What was acknowledged after the snapshot may be lost. Was etcd restored on purpose?", abort=True)
 
-    async def confirm(client: AsyncClient) -> int:
+    made = Path(file).stat().st_mtime if file is not None else 0.0
+
+    async def confirm(client: AsyncClient) -> tuple[int, restoring.Differences | None]:
+        incarnation = await until_taken(client)
+        if file is None:
+            return incarnation, None
+        return incarnation, await restoring.differences(client, made, incarnation)
+
+    async def until_taken(client: AsyncClient) -> int:
         end = client.clock.boot() + PATIENCE
         while True:
             try:
@@ -84,11 +100,14 @@ def restored(*, yes: bool, now: bool, as_json: bool, to: Context) -> None:
                     raise
                 await _count_down(client.clock, max(early.retry_after, SHORTEST_WAIT))
 
-    incarnation = session.ask(to, confirm)
+    incarnation, found = session.ask(to, confirm)
     if as_json:
-        render.echo_data({"incarnation": incarnation}, "json")
-    else:
-        click.echo(f"incarnation {incarnation}")
+        told = {"differences": found.plain()} if found is not None else {}
+        render.echo_data({"incarnation": incarnation, **told}, "json")
+        return
+    click.echo(f"incarnation {incarnation}")
+    if found is not None:
+        restoring.tell(found)
 
 
 async def _count_down(clock: Clock, seconds: float) -> None:
@@ -154,3 +173,6 @@ def backup(file: str, as_json: bool, to: Context) -> None:
         render.echo_data({"file": file, "bytes": size}, "json")
     else:
         click.echo(f"{file}: {size} bytes")
+
+
+admin.add_command(restoring.restore)

@@ -91,6 +91,18 @@ def versions(own: str, replicas: Sequence[admin_pb2.Replica]) -> Check:
     return Check("version", OK, told)
 
 
+def feature_level(found: Sequence[admin_pb2.Replica]) -> Check:
+    """What the federation's log may hold (PROTOCOL J11): the level rises by itself to what every replica reads."""
+    lowest = min((each.feature_level for each in found), default=0)
+    behind = [each.id for each in found if each.feature_level == lowest]
+    if len(behind) < len(found):
+        highest = max(each.feature_level for each in found)
+        told = f"the federation stays at {lowest} or lower: {', '.join(behind)} reads no more"
+        cure = f"upgrade {', '.join(behind)}: once all read {highest} for a minute, the level rises by itself, and for good"
+        return Check("level", WARN, told, cure)
+    return Check("level", OK, f"every replica reads feature level {lowest}, so that is the federation's")
+
+
 def clocks(clusters: Sequence[cluster_pb2.Cluster], now: float) -> Check:
     """This machine's clock against the replicas', by the newest heartbeat they committed."""
     ready = [

@@ -154,6 +154,7 @@ async def _inside(to: Context) -> list[Check]:
     now = SystemClock().wall()
     return [
         checks.versions(session.own_version(), replicas),
+        checks.feature_level(replicas),
         checks.clocks(clusters, now),
         checks.replicas(replicas),
         *checks.shards(shards),

@@ -116,7 +116,7 @@ def _replicas(now: float) -> Kind[admin_pb2.Replica]:
             Column("SHARDS", lambda replica: str(replica.shards)),
             Column("AGE", lambda replica: render.age(replica.start_time, now)),
             Column("VERSION", lambda replica: replica.version),
-            Column("LEVEL", lambda replica: str(replica.feature_level), wide=True),
+            Column("LEVEL", lambda replica: str(replica.feature_level)),
         ],
     )
 

@@ -20,8 +20,19 @@ FINAL = 3
 
 STATES = {3: "SUCCEEDED", 4: "FAILED", 5: "CANCELLED", 6: "DEADLINE_EXCEEDED"}
 
-Line = tuple[float, int, str]
-"""Time, order within a moment, sentence."""
+Line = tuple[float, int, int, str]
+"""Time, order within a moment, place in the journal or 0, sentence."""
+
+MOMENT = 1
+"""Decimals of a second that are one moment: within it things are told in the order of cause and effect, and what is as good as
+simultaneous by its words, so that microseconds do not change a story."""
+
+NOTE, END, OWNER, DECISION, START = range(5)
+"""The order within a moment."""
+
+
+def _place(line: Line) -> Line:
+    return round(line[0], MOMENT), *line[1:]
 
 
 @dataclass(slots=True)
@@ -66,8 +77,8 @@ class _Names:
 def tell(title: str, moral: str, record: Record, violations: Sequence[Violation], zero: float) -> str:
     """The story as a page of Markdown. `zero`: when it began."""
     names = _Names.of(record)
-    lines = sorted((line for line in _lines(record, names) if line[0] >= zero), key=lambda line: line[:2])
-    told = [f"- {round(at - zero)} s: {text}" for at, _, text in lines]
+    lines = sorted((line for line in _lines(record, names) if line[0] >= zero), key=_place)
+    told = [f"- {round(at - zero)} s: {text}" for at, _, _, text in lines]
     end = [f"- {text}" for text in _ends(record, names)]
     verdict = [f"- VIOLATED: {each.invariant}: {each.text}" for each in violations] or [
         "- Every checker of `lab.checking` judged the record, and found nothing."
@@ -76,25 +87,20 @@ def tell(title: str, moral: str, record: Record, violations: Sequence[Violation]
 
 
 def _lines(record: Record, names: _Names) -> Iterator[Line]:
-    yield from ((at, 0, f"**{text}**") for at, text in record.notes)
+    yield from ((at, NOTE, place, f"**{text}**") for place, (at, text) in enumerate(record.notes))
     shards = {shard_of("default", run): run for run in names.runs.values()}
-    for owned in record.owners:
+    for place, owned in enumerate(record.owners):
         if owned.shard in shards:
             who = f"{owned.replica} owns" if owned.replica else "Nobody owns"
-            yield owned.at, 1, f"{who} the shard of `{shards[owned.shard]}` now."
-    for written in record.journal:
+            yield owned.at, OWNER, place, f"{who} the shard of `{shards[owned.shard]}` now."
+    for place, written in enumerate(record.journal):
         for text in _event(written, names):
-            yield written.at, 2, text
+            yield written.at, DECISION, place, text
     for ran in record.ran:
         name = names.process(ran.interval.key)
-        yield ran.interval.start, 3, f"{ran.cluster} starts {name}."
+        yield ran.interval.start, START, 0, f"{ran.cluster} starts {name}."
         if ran.interval.end is not None:
-            yield ran.interval.end, 4, f"{ran.cluster} has no process of {name} any more."
-    told: set[tuple[str, int]] = set()
-    for said in record.said:
-        if said.ok and said.state >= FINAL and (said.run, said.state) not in told:
-            told.add((said.run, said.state))
-            yield said.answered, 5, f"A client reads that `{said.run}` is {STATES[said.state]}."
+            yield ran.interval.end, END, 0, f"{ran.cluster} has no process of {name} any more."
 
 
 def _event(written: Written, names: _Names) -> Iterator[str]:
@@ -176,5 +182,7 @@ def _ends(record: Record, names: _Names) -> Iterator[str]:
                 yield f"{name}: {task.accepted} result accepted, from attempt {task.accepted_n}; {processes} in all."
             else:
                 yield f"{name}: {task.state.name}, no result accepted."
+    for run_id, state in sorted({(said.run, said.state) for said in record.said if said.ok and said.state >= FINAL}):
+        yield f"A client read that `{run_id}` is {STATES[state]}, and nothing else about its end."
     late = list(final_in_time(record, fold))
     yield "Every task was final in time." if not late else "A task was final too late."

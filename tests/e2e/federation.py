@@ -352,10 +352,13 @@ async def federation(
     profile: str = "fast",
     cpus: int = 4,
     timeout: float = 10.0,
+    collector: str = "",
 ) -> AsyncIterator[Fed]:
-    """A federation in `directory`, up and ready; afterwards nothing of it is left. `timeout` is that of the client."""
+    """A federation in `directory`, up and ready; afterwards nothing of it is left. `timeout` is that of the client; `collector` an
+    OTLP endpoint that replicas export to."""
     home = directory / "fed"
-    lab = Federation(Layout(home), Settings(replicas, tuple(clusters), profile, cpus).checked())
+    settings = Settings(replicas, tuple(clusters), profile, cpus, otlp_endpoint=collector)
+    lab = Federation(Layout(home), settings.checked())
     print(f"etcd {lab.binary.version} ({lab.binary.support.value})")
     if lab.binary.support is not Support.SUPPORTED:
         print(lab.warning)

@@ -18,6 +18,8 @@ class Echo:
 
     def __init__(self) -> None:
         self.accepted = 0
+        self.heard = b""
+        """The last bytes of all connections, in order."""
         self.port = 0
         self._server: asyncio.Server | None = None
 
@@ -29,6 +31,7 @@ class Echo:
         self.accepted += 1
         try:
             while data := await reader.read(PIECE_BYTES):
+                self.heard = (self.heard + data)[-100:]
                 writer.write(data)
                 await writer.drain()
         except ConnectionError:
@@ -127,6 +130,39 @@ async def test_a_flood_into_a_cut_network_is_not_kept(proxy: Proxy) -> None:
         async with asyncio.timeout(QUIET):
             await near[1].drain()
     near[1].transport.abort()
+
+
+@pytest.mark.parametrize(("mode", "heard"), [(Mode.DROP_UP, b""), (Mode.DROP_DOWN, b"ping")])
+async def test_a_one_way_cut_moves_bytes_in_the_other_direction_only(
+    proxy: Proxy, echo: Echo, mode: Mode, heard: bytes
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+    writer.write(b"hello")
+    assert await asyncio.wait_for(reader.readexactly(5), SOON) == b"hello"
+    proxy.set(mode)
+    writer.write(b"ping")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reader.read(1), QUIET)
+    assert echo.heard == b"hello" + heard
+    proxy.set(Mode.PASS)
+    assert await asyncio.wait_for(reader.readexactly(4), SOON) == b"ping"
+    writer.close()
+
+
+async def test_a_stranded_connection_is_silent_and_new_ones_are_served(proxy: Proxy, echo: Echo) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+    writer.write(b"hello")
+    assert await asyncio.wait_for(reader.readexactly(5), SOON) == b"hello"
+    proxy.strand()
+    writer.write(b"nobody hears")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reader.read(1), QUIET)
+    fresh_reader, fresh_writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+    fresh_writer.write(b"new")
+    assert await asyncio.wait_for(fresh_reader.readexactly(3), SOON) == b"new"
+    assert echo.heard == b"hellonew"
+    writer.close()
+    fresh_writer.close()
 
 
 async def test_reset_breaks_old_connections_and_refuses_new_ones(proxy: Proxy, echo: Echo) -> None:

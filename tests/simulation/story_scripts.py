@@ -101,6 +101,7 @@ async def replica_dies(stage: Stage) -> None:
     stage.say(f"From now on {owner.name}, which owns the run, hears no answer from etcd.")
     owner.faults.weather = Weather(lost_reply=1.0)
     await stage.until(lambda: stage.happened(AttemptsFinished) > 0)
+    await stage.sleep(0.3)
     stage.say(f"{owner.name} is killed before it knows that its commit is in the journal.")
     owner.kill()
     await stage.sleep(20.0)
