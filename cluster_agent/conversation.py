@@ -121,6 +121,8 @@ class Conversation:
         """The heartbeat to be sent next; it overtakes what waits, or a backlog of reports would end the lease (F5)."""
         self._receipts: dict[str, agent_pb2.SessionRequest] = {}
         """The newest of each shard, which says all that the earlier ones said."""
+        self._receipts_since = 0.0
+        self._reminded = False
         self._dropped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._welcome = asyncio.Event()
         self.ended = asyncio.Event()
@@ -149,8 +151,24 @@ class Conversation:
     def put_receipt(self, shard: str, message: agent_pb2.SessionRequest) -> None:
         """It goes with what is said next, or by itself after a moment."""
         if not self._receipts:
-            self._parts.clock.later(RECEIPT_SECONDS, lambda: self.put(None))
+            self._receipts_since = self._parts.clock.boot()
         self._receipts[shard] = message
+        if not self._reminded:
+            self._remind(RECEIPT_SECONDS)
+
+    def _remind(self, seconds: float) -> None:
+        self._reminded = True
+        self._parts.clock.later(seconds, self._send_receipts)
+
+    def _send_receipts(self) -> None:
+        """Those that waited long enough, if nothing took them along. One reminder is under way, however often that happens."""
+        self._reminded = False
+        if self._receipts and not self.ended.is_set():
+            left = self._receipts_since + RECEIPT_SECONDS - self._parts.clock.boot()
+            if left > 0.0:
+                self._remind(left)
+            else:
+                self.put(None)
 
     def drop(self, why: StreamDropped) -> None:
         if not self._dropped.done():

@@ -65,6 +65,10 @@ class Holdings:
         """Whether any task waits for a place."""
         return self._machine.wanting
 
+    def permitted(self) -> bool:
+        """Whether permissions are left that found no task."""
+        return self._machine.permitted
+
     def terms(self) -> list[NamespaceView]:
         """Namespaces that this shard keeps (O6)."""
         return self._machine.namespaces()

@@ -49,8 +49,10 @@ QUIET_LEVEL = 0.8
 leader's silence (GRANT_TTL), so that it has heard everybody when it opens. Larger: namespaces with a quota wait longer after a
 change of the leader; smaller: chatter of idle shards."""
 
-QUIET_MOST = 6.4
-"""Longest pause between two such words to the same leader, which remembers them: they only heal what was lost."""
+QUIET_MOST = 5.0
+"""Longest pause between two such words to the same leader, which remembers them: they only heal what was lost. Two fit into a new
+leader's silence and hearing (12 s), after which it believes that a namespace it has not heard of has no quota. Larger: one lost
+word is too many."""
 
 MIN_GAP = 0.004
 """Seconds between two Demands of a shard. Larger: slower hops between groups; smaller: a busy shard, which changes its demand
@@ -182,6 +184,10 @@ class DemandSide:
             self._bell.ring()
 
     def _say(self, line: _Line, now: float) -> None:
+        if line.holdings.permitted():
+            # By saying anew what is wanted they are returned (C2): the next ready task must not find them.
+            self._controller.post(line.shard.id, DropGrants(line.term))
+            line.expires = float("inf")
         lines = [entry for entry in line.holdings.demand(self._clock.wall()) if entry.count > 0]
         uses = line.holdings.uses()
         nothing = not lines and not uses

@@ -193,6 +193,11 @@ class RunShard:
         return self._state.run_times.mean(group)
 
     @property
+    def permitted(self) -> bool:
+        """Permissions are left that found no task."""
+        return bool(self._state.grants)
+
+    @property
     def wanting(self) -> bool:
         """Some task waits for a place."""
         return any(lane.count for lane in self._state.lanes.values())

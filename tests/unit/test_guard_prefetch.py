@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,23 @@ def test_f8_a_worker_that_is_stopped_before_it_is_a_python_costs_its_call_only(
     turns.ask({"op": "stop", "keys": names(request.key), "grace": 0.0})
     turns.until(lambda: any(message["ev"] == "stopped" for message in turns.told))
     assert turns.ends()[request.key.text()] in ("stop", "spawn")
+
+
+def test_f8_a_kill_that_meets_a_keeper_in_its_fork_is_seen_to_be_done(turns: Turns, tmp_path: Path) -> None:
+    """The keeper collects the workload before `fork` has told it who that is; it once waited for ever, and its attempt with it."""
+    ours, armed = os.getpid(), [True]
+
+    def kill() -> None:
+        if armed and os.getpid() != ours:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    os.register_at_fork(after_in_parent=kill)
+    request = Marks(tmp_path / "marks").request("pause", 60.0)
+    assert request.python is not None
+    turns.ask(code_to_wire(request.python))
+    turns.guard.start_calls([start_to_wire(request)], host.boot())
+    armed.clear()
+    turns.until(lambda: request.key.text() in turns.ends())
 
 
 def test_calls_that_hold_other_resources_do_not_get_each_others_places(turns: Turns, marks: Marks) -> None:
