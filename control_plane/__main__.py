@@ -1,4 +1,4 @@
-"""A replica's process: flags in, JSON lines on stderr, an exit code out (`--help` lists them).
+"""A replica's process: flags in, log lines on stderr, an exit code out (`--help` lists them).
 
 SIGTERM or SIGINT leaves in order: callers and agents are turned away, shards are handed over, then it ends. A second one ends it
 at once; its lease then runs out by itself.
@@ -7,19 +7,22 @@ at once; its lease then runs out by itself.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import signal
 import sys
 import tempfile
-import traceback
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import cast
 
-from baton.clock import SystemClock, SystemEntropy
+from baton import collector
+from baton.clock import Clock, Entropy, SystemClock, SystemEntropy
+from baton.telemetry import logs
+from control_plane.artifacts import address
+from control_plane.artifacts.base import ObjectStore, ObjectStoreRefused
+from control_plane.artifacts.directory import DirectoryStore
 from control_plane.config import BadConfig, Config, TlsPaths, from_arguments
 from control_plane.history import HistoryDown
 from control_plane.history_sqlite import SqliteHistory
@@ -45,30 +48,6 @@ BACKUP_TIMEOUT = 600.0
 
 BACKUP_PIECE = 1 << 20
 
-_PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName"}
-
-
-class JsonLines(logging.Formatter):
-    """One object a line: a fixed sentence and its fields."""
-
-    def __init__(self, replica: str) -> None:
-        super().__init__()
-        self._replica = replica
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        line = {
-            "time": round(record.created, 3),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            "replica": self._replica,
-            **{key: value for key, value in vars(record).items() if key not in _PLAIN},
-        }
-        if record.exc_info and record.exc_info[0] is not None:
-            line["exception"] = "".join(traceback.format_exception(*record.exc_info))
-        return json.dumps(line, default=str)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one replica; the exit code."""
@@ -77,9 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadConfig as error:
         sys.stderr.write(f"control_plane: {error}\n")
         return BAD_CONFIG
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines(config.replica))
-    logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
+    logs.set_up(config.log_format, config.log_level, {"replica": config.replica})
+    collector.tune()
     try:
         return asyncio.run(_serve(config))
     except BadConfig as error:
@@ -100,7 +78,7 @@ def _say_why(error: BaseException) -> None:
         if others is None and known is not None:
             _say_why(known.exceptions[0])
             return
-    if isinstance(error, (IncompatibleFederation, Corrupt, Unsupported, HistoryDown, OSError)):
+    if isinstance(error, (IncompatibleFederation, Corrupt, Unsupported, HistoryDown, ObjectStoreRefused, OSError)):
         log.error("the replica cannot run", extra={"error": str(error)})
     else:
         log.error("the replica failed", exc_info=error)
@@ -125,21 +103,24 @@ async def _serve(config: Config) -> int:
     server = GrpcServer(Listener(config.listen, config.tls, config.serves_reflection))
     history = SqliteHistory(config.history)
     watching = Observing(config)
+    entropy = SystemEntropy()
+    objects = _objects(config, clock, entropy)
     parts = Parts(
         store=store,
         make_keeper=lambda: ThreadedLeaseKeeper(config.etcd, tls=etcd_tls, clock=clock),
         make_peers=lambda view: server.make_peers(config.replica, clock, view),
         clock=clock,
-        entropy=SystemEntropy(),
+        entropy=entropy,
         history=history,
         snapshotter=helper,
         quota_bytes=config.etcd_quota_bytes,
         backup=lambda: _backup(config, etcd_tls),
         meter=watching.meter,
         archived=watching.archived,
+        objects=objects,
     )
-    address = config.advertise or server.address
-    replica = Replica(Identity(config.replica, address, config.lease_ttl, _version()), parts)
+    reached_at = config.advertise or server.address
+    replica = Replica(Identity(config.replica, reached_at, config.lease_ttl, _version()), parts)
     try:
         return await _until_stopped(config, store, server, replica, stop, watching)
     finally:
@@ -150,8 +131,22 @@ async def _serve(config: Config) -> int:
             await helper.close()
             await history.close()
             await store.close()
+            if objects is not None:
+                await objects.close()
             if config.port_file is not None:
                 config.port_file.unlink(missing_ok=True)
+
+
+def _objects(config: Config, clock: Clock, entropy: Entropy) -> ObjectStore | None:
+    """The store of artifacts, if there is one. Raises ObjectStoreRefused, OSError."""
+    if not config.artifacts:
+        return None
+    where = address.parse(config.artifacts)
+    if isinstance(where, Path):
+        return DirectoryStore(where, clock, entropy)
+    from control_plane.artifacts.s3 import S3Store  # noqa: PLC0415 - loads a large library that few replicas need
+
+    return S3Store(where)
 
 
 async def _until_stopped(

@@ -15,6 +15,9 @@ from control_plane.core.model import ArtifactRef, AttemptId, Outcome, PythonCall
 from control_plane.core.span_model import attempt_span_id
 from control_plane.core.views import ArtifactView, DispatchView
 
+_INPUTS = json.JSONEncoder(ensure_ascii=False).encode
+"""Made once: `json.dumps` with options makes an encoder a call."""
+
 MOST_REFS = ATTEMPT_ARTIFACTS + 1
 """Refs read of one report: one over the limit is enough to be refused for it."""
 
@@ -167,7 +170,7 @@ class DispatchWriter:
         inputs = b""
         if view.inputs:
             texts = {parent: result.decode("utf-8", "replace") for parent, result in view.inputs.items()}
-            inputs = json.dumps(texts, ensure_ascii=False).encode()  # as `core.inline` weighs them
+            inputs = _INPUTS(texts).encode()  # as `core.inline` weighs them
         self._message.dispatches.append(
             pb.Dispatch(
                 attempt=ref(attempt),

@@ -80,6 +80,8 @@ def heartbeat_problem(beat: pb.Heartbeat) -> Problem | None:
         return "heartbeat", f"has {beat.ByteSize()} bytes; at most {MAX_BEAT} are allowed"
     if beat.attempts < 0:
         return "heartbeat.attempts", f"is {beat.attempts}: it cannot be negative"
+    if beat.queue_limit < 0:
+        return "heartbeat.queue_limit", f"is {beat.queue_limit}: it cannot be negative"
     return shapes_problem("heartbeat.shapes", beat.shapes)
 
 

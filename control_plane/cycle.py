@@ -39,6 +39,10 @@ OnCommit = Callable[[int, int, float], None]
 """(shards, bytes, seconds) of a transaction that is through."""
 
 
+_NOTHING = Outbox()
+"""To compare with: nothing for anybody."""
+
+
 def _no_lease() -> bool:
     return False
 
@@ -136,7 +140,7 @@ class Cycle:
         for slot in list(self.slots.values()):
             if slot.phase is not Phase.OPEN or slot.releasing:
                 continue
-            if not slot.inbox and self.decider.due_at(slot) > now:
+            if not slot.inbox and (slot.sleeps(now) or self.decider.due_at(slot) > now):
                 continue
             busy = True
             self._decide(slot)
@@ -249,8 +253,9 @@ class Cycle:
 
     def _publish_outbox(self, slot: Slot) -> None:
         machine = slot.owned.machine
-        outbox, machine.outbox = machine.outbox, Outbox()
-        if outbox != Outbox():
+        outbox = machine.outbox
+        if outbox != _NOTHING:
+            machine.outbox = Outbox()
             for listener in self.listeners:
                 listener.committed(slot.owned, outbox)
 

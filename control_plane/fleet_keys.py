@@ -41,17 +41,25 @@ _SEEN = (ClusterAdded, SessionOpened, ClusterLost, HealthChanged, AdmissionSet, 
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
-    """Value of `sessions/{uid}/owner`: the generation, the replica that serves it ("" if none), whether it has ended."""
+    """Value of `sessions/{uid}/owner`: the generation, the replica that serves it ("" if none), whether it has ended. `level`: the
+    feature level that the agent said on its current stream (J11), 0 until a stream has claimed the session."""
 
     generation: int
     replica: str
     ended: bool
     nonce: str = ""
+    level: int = 0
 
 
 def encode_session(info: SessionInfo) -> bytes:
     """JSON with sorted keys: the same session is the same bytes, for compares."""
-    value = {"generation": info.generation, "replica": info.replica, "nonce": info.nonce, "ended": info.ended}
+    value = {
+        "generation": info.generation,
+        "replica": info.replica,
+        "nonce": info.nonce,
+        "ended": info.ended,
+        "level": info.level,
+    }
     return json.dumps(value, sort_keys=True).encode()
 
 
@@ -60,7 +68,11 @@ def decode_session(value: bytes) -> SessionInfo:
     try:
         fields = json.loads(value)
         return SessionInfo(
-            int(fields["generation"]), str(fields["replica"]), bool(fields["ended"]), str(fields["nonce"])
+            int(fields["generation"]),
+            str(fields["replica"]),
+            bool(fields["ended"]),
+            str(fields["nonce"]),
+            int(fields.get("level", 0)),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a session: {value[:100]!r}") from error

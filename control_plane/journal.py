@@ -41,6 +41,10 @@ MAX_PAUSE = 1.0
 """Seconds between later tries: as often as etcd elects a leader."""
 
 
+_HEAD = json.JSONEncoder(separators=(",", ":")).encode
+"""Made once: `json.dumps` with separators makes an encoder a call, two for each shard of a transaction."""
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """The value of a shard's `head` key; seq 0 stands for an absent one."""
@@ -50,7 +54,7 @@ class Head:
 
     def encode(self) -> bytes:
         """The stored form."""
-        return json.dumps({"seq": self.seq, "nonce": self.nonce}, separators=(",", ":")).encode()
+        return _HEAD({"seq": self.seq, "nonce": self.nonce}).encode()
 
     def compare(self, shard: str) -> Compare:
         """Holds while this is the shard's head."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from control_plane.core.fleet import Fleet
 from control_plane.core.machine import Machine
 from control_plane.core.model import FLEET
+from control_plane.core.run_times import RunTimes
 from control_plane.core.shard import RunShard
 
 
-def make_machine(shard: str) -> Machine:
-    """An empty machine for a shard."""
-    return Fleet() if shard == FLEET else RunShard()
+def make_machine(shard: str, run_times: RunTimes | None = None) -> Machine:
+    """An empty machine for a shard; `run_times`: what all shards here have learned."""
+    return Fleet() if shard == FLEET else RunShard(run_times)

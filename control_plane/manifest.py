@@ -37,6 +37,9 @@ class Manifest:
     first_kept: int
     nonces: bytes
     wall: float
+    level: int = FEATURE_LEVEL
+    """The highest feature level of the batches it folds: while the federation is at an older level, programs of that level read
+    it (PROTOCOL J11)."""
 
     @property
     def stamp(self) -> Stamp:
@@ -57,7 +60,7 @@ class Manifest:
             chunks=self.chunks,
             bytes=self.size,
             digest=self.digest,
-            feature_level=FEATURE_LEVEL,
+            feature_level=self.level,
             incarnation=self.incarnation,
             first_kept=self.first_kept,
             nonces=self.nonces,
@@ -83,6 +86,7 @@ class Manifest:
             first_kept=message.first_kept,
             nonces=message.nonces,
             wall=message.wall,
+            level=message.feature_level,
         )
 
 

@@ -5,7 +5,8 @@ number seen, once a second, a whole column at a time. A commit costs a set of ru
 what this replica's shards committed while it owned them: a shard that is taken starts at its present, so sums over replicas
 count nothing twice, and what a replica saw in its last second before it died is missing.
 
-The history checker: of every run that goes into history, the order of the journal must show one owner of a task at a time (F2).
+The history checker: of every run that goes into history, the order of the journal must show one owner of a task at a time (F2),
+and `baton.audit` says of its attempts what `baton audit RUN` says: proven, declared, unproven or violated.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+from baton.audit import Audit, Verdict, audit
 from baton.clock import Clock
 from baton.telemetry import Histogram
-from baton.v1 import run_pb2
+from control_plane import attempt_log
 from control_plane.controller import Controller
 from control_plane.core.commands import Outbox, Refused
 from control_plane.core.model import AttemptState, RunState, TaskState
@@ -28,7 +30,7 @@ from control_plane.core.span_times import overlapping_owners
 from control_plane.core.views import RunEventView, RunView
 from control_plane.history import Archive
 from control_plane.refusals import NotOwned, StoreDown
-from control_plane.services.trace import changes
+from control_plane.services.trace import changes, gently
 from control_plane.slots import OwnedShard
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,9 @@ FAILURES_A_READ = 500
 
 CHECKED_RUNS = 64
 """Archived runs that may wait for the history checker; of more, the oldest go unchecked, and are counted as such."""
+
+CHECKED_TASKS = 200_000
+"""Tasks of the archived runs that wait; a run that would be above goes unchecked, unless it is the only one: about 200 MB."""
 
 REMEMBERED = 1024
 """Runs archived lately that are not checked again when their archiving is repeated."""
@@ -98,7 +103,8 @@ class Meter:
         """Shard -> run uid -> number of the last event counted."""
         self._most_seen: dict[str, int] = {}
         """Shard -> runs beyond which archived ones are looked for among those seen."""
-        self._unchecked: deque[tuple[str, Sequence[run_pb2.RunEvent]]] = deque(maxlen=CHECKED_RUNS)
+        self._unchecked: deque[Archive] = deque()
+        self._unchecked_tasks = 0
         self._checked: dict[str, None] = {}
         self.by_namespace: dict[str, Counts] = {}
         self.commit_seconds = Histogram(COMMIT_SECONDS)
@@ -109,6 +115,8 @@ class Meter:
         self.overlapping_owners = 0
         self.runs_checked = 0
         self.runs_unchecked = 0
+        self.verdicts: dict[Verdict, int] = dict.fromkeys(Verdict, 0)
+        """Verdict of the audit -> runs."""
 
     def bind(self, controller: Controller) -> None:
         """From now on count that controller's work."""
@@ -140,8 +148,18 @@ class Meter:
         self._checked[archive.run.uid] = None
         if len(self._checked) > REMEMBERED:
             del self._checked[next(iter(self._checked))]
-        self.runs_unchecked += len(self._unchecked) == CHECKED_RUNS
-        self._unchecked.append((archive.run.name, archive.events))
+        self._unchecked.append(archive)
+        self._unchecked_tasks += archive.run.task_count
+        while len(self._unchecked) > 1 and (
+            len(self._unchecked) > CHECKED_RUNS or self._unchecked_tasks > CHECKED_TASKS
+        ):
+            self._next_unchecked()
+            self.runs_unchecked += 1
+
+    def _next_unchecked(self) -> Archive:
+        archive = self._unchecked.popleft()
+        self._unchecked_tasks -= archive.run.task_count
+        return archive
 
     def _on_commit(self, shards: int, size: int, seconds: float) -> None:
         self.commit_seconds.observe(seconds)
@@ -167,12 +185,16 @@ class Meter:
                     break
                 await self._clock.sleep(0)
         while self._unchecked:
-            name, events = self._unchecked.popleft()
-            found = await asyncio.to_thread(_check, events)
+            archive = self._next_unchecked()
+            found, audited = await asyncio.to_thread(_check, archive, self._clock.wall())
             self.runs_checked += 1
             self.overlapping_owners += found
+            self.verdicts[audited.verdict] += 1
             if found:
-                log.error("two owners of a task at once", extra={"run": name, "placements": found})
+                log.error("two owners of a task at once", extra={"run": archive.run.name, "placements": found})
+            if audited.verdict is Verdict.VIOLATED:
+                broken = [each.text for each in audited.findings if each.verdict is Verdict.VIOLATED]
+                log.error("a promise was broken", extra={"run": archive.run.name, "reason": broken[0]})
 
     async def _count_shard(self, shard: str, uids: list[str]) -> bool:
         """Count some runs; False if the shard is not to be asked now."""
@@ -205,6 +227,7 @@ class Meter:
             counts = self._of(view.namespace)
             for event in events:
                 _count_event(counts, view, event, machine)
+                attempt_log.tell(uid, event, machine)
         if len(seen) > self._most_seen.get(shard, 0) + SEEN_RUNS:
             live = machine.event_numbers()
             self._seen[shard] = {uid: number for uid, number in seen.items() if uid in live}
@@ -261,6 +284,8 @@ def _count_failures(counts: Counts, view: RunView, event: RunEventView, machine:
     _add(counts.attempts, "failed", len(failures[FAILURES_A_READ:]))
 
 
-def _check(events: Iterable[run_pb2.RunEvent]) -> int:
-    """Placements of a task that had an owner. In a thread: the run may be large."""
-    return overlapping_owners(changes(events))
+def _check(archive: Archive, now: float) -> tuple[int, Audit]:
+    """Placements of a task that had an owner, and the audit. In a thread: the run may be large."""
+    tasks = gently(task for piece in archive.pieces for task in piece.response.tasks)
+    found = audit(archive.run, tasks, now, gently(archive.events))
+    return overlapping_owners(changes(archive.events)), found

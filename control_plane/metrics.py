@@ -39,6 +39,7 @@ class ReplicaMetrics:
             *self._commits(),
             *self._ownership(),
             *self._clusters(),
+            *self._replica.traffic.families(),
             *self._more(),
         ]
 
@@ -111,7 +112,13 @@ class ReplicaMetrics:
 
     def _commits(self) -> list[Family]:
         meter, controller = self._meter, self._replica.controller
+        audited = Family(
+            "baton_history_runs_audited_total", COUNTER, "Runs in history, by what is proven.", ("verdict",)
+        )
+        for verdict, count in meter.verdicts.items():
+            audited.add(count, verdict.value)
         return [
+            audited,
             Family("baton_commit_seconds", HISTOGRAM, "Time of a transaction of the journal.").add(
                 meter.commit_seconds
             ),
@@ -143,6 +150,9 @@ class ReplicaMetrics:
             Family("baton_shards_owned", GAUGE, "Shards this replica owns.").add(len(replica.controller.owned())),
             Family("baton_sessions_served", GAUGE, "Agents that are connected to this replica.").add(
                 len(replica.sessions.serving())
+            ),
+            Family("baton_feature_level", GAUGE, "The federation's feature level, as this replica last read it.").add(
+                replica.controller.feature_level
             ),
             Family("baton_restore_suspected", GAUGE, "1 while nothing may be written (restored store).").add(
                 int(bool(replica.view.restore_suspected))

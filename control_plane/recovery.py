@@ -42,6 +42,9 @@ MAX_PAGE = 1024
 CHUNKS_PER_PAGE = 4
 """512 KiB each."""
 
+OLDEST_LEVEL = 1
+"""The feature level of a shard without a log (PROTOCOL J11): every program reads it."""
+
 SLICE = 0.010
 """Seconds of work between two yields (O4). Longer delays keepalives and other shards; shorter costs loop turns."""
 
@@ -63,6 +66,8 @@ class Recovered:
     """Bytes of log since the snapshot."""
     nonces: bytes
     """Nonces of the log since the snapshot up to `folded`."""
+    level: int
+    """Highest feature level of what is folded."""
 
 
 class _Pace:
@@ -104,6 +109,7 @@ async def _attempt(store: Store, clock: Clock, shard: str, make_machine: Callabl
             await pace.step()
     at = folded = Head(manifest.seq, manifest.nonce) if manifest else Head()
     log_bytes, nonces, waiting = 0, bytearray(), bytearray()
+    level = manifest.level if manifest else OLDEST_LEVEL
     async for kv in _log(store, shard, at.seq + 1, head.seq, revision):
         parsed = keys.parse_log(kv.key)
         if parsed is None or parsed[1] != at.seq + 1:
@@ -117,6 +123,7 @@ async def _attempt(store: Store, clock: Clock, shard: str, make_machine: Callabl
             for event, stamp in batch.stamped():
                 machine.apply(event, stamp)
             folded = at
+            level = max(level, batch.feature_level)
             nonces += waiting
             waiting.clear()
         await pace.step()
@@ -133,6 +140,7 @@ async def _attempt(store: Store, clock: Clock, shard: str, make_machine: Callabl
         revision=revision,
         log_bytes=log_bytes,
         nonces=bytes(nonces),
+        level=level,
     )
 
 

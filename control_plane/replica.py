@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from baton.clock import Clock, Entropy
 from baton.internal import peer_pb2
@@ -19,12 +20,17 @@ from baton.leases import PROFILES, LeaseValues
 from baton.v1 import agent_pb2
 from control_plane.aftermath import Aftermath
 from control_plane.archiver import Archiver, Translator
+from control_plane.artifacts.base import ObjectStore
+from control_plane.artifacts.gateway import Gateway
+from control_plane.artifacts.sweeper import Sweeper
+from control_plane.artifacts.traffic import Traffic
 from control_plane.codec import FEATURE_LEVEL
 from control_plane.confirmation import Confirmation
 from control_plane.controller import Controller
 from control_plane.core.fleet import Fleet
 from control_plane.core.machine import Machine
 from control_plane.core.model import FLEET
+from control_plane.core.run_times import RunTimes
 from control_plane.core.shard import RunShard
 from control_plane.dispatcher import Dispatcher
 from control_plane.fleet_keys import side_puts
@@ -45,16 +51,24 @@ from control_plane.services.fleet_calls import FleetCalls
 from control_plane.services.forward import Forwarder
 from control_plane.services.table import Services
 from control_plane.sessions import Refuse, Sessions, SessionsConfig
-from control_plane.snapshots import Snapshots, Snapshotter
+from control_plane.snapshots import Snapshots, SnapshotsConfig, Snapshotter
 from control_plane.store.base import Store, StoreError
 from control_plane.store.keeper import LeaseKeeper
 from control_plane.store_room import StoreRoom
+from control_plane.upgrading import Upgrading
 from control_plane.view import MemberInfo, View
 
 log = logging.getLogger(__name__)
 
 JOIN_PAUSE = 0.5
 """Seconds between tries to join while the store does not answer."""
+
+SURVEY_POLL = 4.0
+"""Seconds between two surveys of owners while the view is silent. Larger: a lost nudge delays balance by as much; smaller: load
+on an idle store."""
+
+SURVEY_EAGER = 0.5
+"""The same while a shard is on its way."""
 
 LEAVE_SECONDS = 10.0
 """Seconds for handing over all shards; after it the lease is left to expire, which takes about as long."""
@@ -82,6 +96,8 @@ class Parts:
     history: History
     snapshotter: Snapshotter | None = None
     """Without one logs grow: for short lives only."""
+    snapshots: SnapshotsConfig = SnapshotsConfig()  # noqa: RUF009 - a frozen value
+    """When snapshots are due (J9)."""
     backup: Snapshot | None = None
     """A consistent backup of the store, if the adapter offers one."""
     quota_bytes: int = 0
@@ -90,11 +106,13 @@ class Parts:
     """What is counted for /metrics, if anybody asks."""
     archived: Callable[[Archive], None] | None = None
     """Told of every run that came into history through this replica."""
+    objects: ObjectStore | None = None
+    """Where artifacts lie; without one, what needs it is refused."""
 
 
-def make_machine(shard: str) -> Machine:
-    """An empty machine of the right kind."""
-    return Fleet() if shard == FLEET else RunShard()
+def make_machine(shard: str, run_times: RunTimes | None = None) -> Machine:
+    """An empty machine of the right kind; `run_times`: what all shards here have learned."""
+    return Fleet() if shard == FLEET else RunShard(run_times)
 
 
 class Replica:
@@ -192,7 +210,7 @@ class Replica:
             clock=clock,
             entropy=entropy,
             replica=me.replica,
-            make_machine=make_machine,
+            make_machine=partial(make_machine, run_times=RunTimes()),
             side_puts=side_puts,
         )
         controller.restore.federation_uid = self.federation.uid
@@ -207,8 +225,9 @@ class Replica:
             entropy=entropy,
             controller=controller,
             member=MemberInfo(me.replica, me.address, me.version, FEATURE_LEVEL, clock.wall()),
-            config=OwnershipConfig(lease_ttl=me.lease_ttl),
+            config=OwnershipConfig(lease_ttl=me.lease_ttl, poll=SURVEY_POLL, eager_poll=SURVEY_EAGER),
         )
+        view.subscribe(self._nudge_ownership)
         sessions = SessionsConfig(self.federation.uid, _leases, self._check_marks)
         self.sessions = Sessions(store, clock, entropy, router, view, sessions)
         self.dispatcher = Dispatcher(controller, router, calls, view, clock)
@@ -219,11 +238,17 @@ class Replica:
         self._room = StoreRoom(store, clock, parts.quota_bytes)
         desk = Desk(controller, self.forwarder, router, view, parts.history, clock, entropy, self._room.refuses)
         confirmation = Confirmation(controller.restore, view, clock)
-        self.services = Services(desk, confirm_restored=confirmation.confirm, snapshot=parts.backup)
+        self.traffic = Traffic()
+        gateway = Gateway(parts.objects, clock, self.traffic) if parts.objects else None
+        self.services = Services(desk, confirm_restored=confirmation.confirm, snapshot=parts.backup, gateway=gateway)
         self.services.serve_peers(calls)
+        self._sweeper = self._make_sweeper()
+        leads, level = lambda: FLEET in controller.owned(), lambda: controller.feature_level
+        self._upgrading = Upgrading(store, clock, view, leads=leads, level=level)
         self._aftermath = Aftermath(parts.history, controller, clock)
         self._archiver = Archiver(parts.history, controller, clock, _translator(desk), self._note_archived)
-        self._snapshots = Snapshots(store, clock, controller, parts.snapshotter) if parts.snapshotter else None
+        snapshotter = parts.snapshotter
+        self._snapshots = Snapshots(store, clock, controller, snapshotter, parts.snapshots) if snapshotter else None
         router.on_from_cluster(self._from_cluster)
         for listener in (
             self.dispatcher,
@@ -252,7 +277,9 @@ class Replica:
             self._archiver,
             self._aftermath,
             self._room,
+            self._upgrading,
             *((self._snapshots,) if self._snapshots else ()),
+            *((self._sweeper,) if self._sweeper else ()),
             *((self.parts.meter,) if self.parts.meter else ()),
         )
         async with asyncio.TaskGroup() as group:
@@ -265,6 +292,22 @@ class Replica:
             self.services.logs.receive(message.log)
         else:
             self.dispatcher.receive(replica, message)
+
+    def _make_sweeper(self) -> Sweeper | None:
+        """The sweeper of artifacts, where there are any: one replica's work, that of fleet's owner."""
+        objects, clock = self.parts.objects, self.parts.clock
+        if objects is None:
+            return None
+        return Sweeper(
+            objects, clock, self.services.artifacts.known, lambda: FLEET in self.controller.owned(), self.traffic
+        )
+
+    def _nudge_ownership(self, topic: str) -> None:
+        """The view heard of members, owners or an incarnation: what the ring says may be another thing now."""
+        if topic == "owners":
+            self.ownership.heard(self.view.owners)
+        elif topic in ("members", "restore"):
+            self.ownership.nudge()
 
     def _note_archived(self, archive: Archive) -> None:
         if self.parts.meter is not None:

@@ -21,6 +21,10 @@ GrantsHandler = Callable[[pb.Grants], None]
 UpHandler = Callable[[str, pb.FromCluster], None]
 DownHandler = Callable[[pb.ToCluster], None]
 
+_ONLY_QUEUED = ("from_cluster", "to_cluster")
+"""Messages between an agent and owners. Their handlers put them into a queue and send nothing, so on this replica they may be handed
+over inside the sender's call: four turns of the loop less in every hop of a chain."""
+
 
 class Router:
     """Routes messages and calls of one replica."""
@@ -71,8 +75,11 @@ class Router:
         """Send to one replica, this one included."""
         if replica != self.replica:
             return self._peers.send(replica, message)
-        # Through the loop, so that a local message behaves as a remote one: never inside the sender's call.
-        asyncio.get_running_loop().call_soon(self._receive, replica, message)
+        if message.WhichOneof("message") in _ONLY_QUEUED:
+            self._receive(replica, message)
+        else:
+            # Through the loop, so that a local message behaves as a remote one: never inside the sender's call.
+            asyncio.get_running_loop().call_soon(self._receive, replica, message)
         return True
 
     def to_cluster(self, replica: str, cluster: str, stream: str, message: agent_pb2.SessionResponse) -> bool:

@@ -75,8 +75,9 @@ class Session:
         )
         less = pb.SessionResponse()
         less.CopyFrom(message)
-        del less.dispatches.dispatches[:]
+        del less.dispatches.dispatches[:], less.dispatches.codes[:]
         less.dispatches.dispatches.extend(kept)
+        less.dispatches.codes.extend(code for code in of.codes if not code.stored)
         return less
 
     def renewed_by(self, beat: pb.Heartbeat) -> bool:

@@ -46,6 +46,7 @@ from baton.errors import (
     StoreUnavailable,
     TimedOut,
 )
+from control_plane.artifacts import traffic
 from control_plane.artifacts.base import (
     ObjectStore,
     ObjectStoreDown,
@@ -53,6 +54,7 @@ from control_plane.artifacts.base import (
     ObjectStoreFull,
     ObjectStoreRefused,
 )
+from control_plane.artifacts.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +96,9 @@ T = TypeVar("T")
 class Gateway:
     """One replica's way to the object store. All methods raise BatonError."""
 
-    def __init__(self, store: ObjectStore, clock: Clock) -> None:
+    def __init__(self, store: ObjectStore, clock: Clock, counts: Traffic | None = None) -> None:
         self._store, self._clock = store, clock
+        self.traffic = counts or Traffic()
         self._transfers = asyncio.Semaphore(TRANSFERS)
         self._fresh: OrderedDict[str, float] = OrderedDict()
         """Folder of a code -> boot clock when its stamp was rewritten here."""
@@ -107,14 +110,16 @@ class Gateway:
     ) -> Manifest:
         """Store an artifact; durable and visible when this returns. Raises InvalidField for content that does not match its
         hashes, LimitExceeded, NameTaken if the name has other content, StoreUnavailable, TimedOut for a dead uploader."""
-        async with self._transfer():
+        async with self._transfer(traffic.UP):
             base = f"{folder}{name}/"
             builder = ManifestBuilder(limit)
             try:
                 await self._put_chunks(base, chunks, builder)
             except CorruptArtifact as error:
+                self.traffic.failed(traffic.DAMAGED)
                 raise InvalidField(f"{name}: {error}; what was sent is damaged: send it again") from error
             except TooLarge as error:
+                self.traffic.failed(traffic.TOO_LARGE)
                 raise LimitExceeded(f"artifact {name} holds {error}") from error
             manifest = builder.manifest()
             data = manifest.encode()
@@ -122,6 +127,7 @@ class Gateway:
                 return manifest
             there = await self._ask(lambda: self._store.get(base + MANIFEST, timeout=STORE_SECONDS))
             if there != data:
+                self.traffic.failed(traffic.TAKEN)
                 raise NameTaken(f"artifact {name} of this attempt is stored already, with other content")
             return manifest
 
@@ -130,7 +136,7 @@ class Gateway:
         pending: deque[asyncio.Task[tuple[bytes, int]]] = deque()
         index = 0
         try:
-            while (chunk := await _next(chunks)) is not None:
+            while (chunk := await self._next(chunks)) is not None:
                 if chunk.index != index:
                     raise CorruptArtifact(f"chunk {chunk.index} came where {index} belongs")
                 index += 1
@@ -147,6 +153,7 @@ class Gateway:
         content = await asyncio.to_thread(unpack, chunk)
         key, data = base + _object(chunk.index, chunk.sha256), bytes([chunk.compression]) + chunk.data
         await self._ask(lambda: self._store.put(key, data, timeout=STORE_SECONDS))
+        self.traffic.bytes[traffic.UP] += len(chunk.data)
         return chunk.sha256, len(content)
 
     async def drop_checkpoints(self, folder: str, before: int) -> None:
@@ -174,6 +181,7 @@ class Gateway:
             try:
                 return decode_manifest(data, digest)
             except CorruptArtifact as error:
+                self.traffic.failed(traffic.DAMAGED)
                 log.error("a stored manifest is not what it should be", extra={"folder": folder, "error": str(error)})
                 damage = str(error)
             await self._clock.sleep(PAUSE * 2**tried)
@@ -181,7 +189,7 @@ class Gateway:
 
     async def chunks(self, folder: str, name: str, manifest: Manifest, first: int = 0) -> AsyncGenerator[Chunk, None]:
         """The chunks from `first` on, in order, as they are stored: whoever reads proves them."""
-        async with self._transfer():
+        async with self._transfer(traffic.DOWN):
             base = f"{folder}{name}/"
             pending: deque[asyncio.Task[Chunk]] = deque()
             index = first
@@ -198,9 +206,11 @@ class Gateway:
     async def _chunk(self, base: str, name: str, index: int, sha256: bytes) -> Chunk:
         data = await self._ask(lambda: self._store.get(base + _object(index, sha256), timeout=STORE_SECONDS))
         if not data:
+            self.traffic.failed(traffic.DAMAGED)
             raise Internal(
                 f"artifact {name} is damaged: {self._store.name} has lost its chunk {index}", applied=NOT_APPLIED
             )
+        self.traffic.bytes[traffic.DOWN] += len(data) - 1
         return Chunk(index=index, sha256=sha256, data=data[1:], compression=data[0])
 
     # -- code --------------------------------------------------------------------------------------------------------------
@@ -214,6 +224,7 @@ class Gateway:
                 try:
                     whole.update(await asyncio.to_thread(unpack, chunk))
                 except CorruptArtifact as error:
+                    self.traffic.failed(traffic.DAMAGED)
                     raise InvalidField(f"code: {error}; what was sent is damaged: send it again") from error
                 yield chunk
             if whole.hexdigest() != sha256:
@@ -254,26 +265,43 @@ class Gateway:
                 return await request()
             except ObjectStoreDown as error:
                 if tried == TRIES:
-                    raise _unavailable(error) from error
+                    raise self._failure(error) from error
                 await self._clock.sleep(PAUSE * 2 ** (tried - 1))
             except ObjectStoreError as error:
-                raise _unavailable(error) from error
+                raise self._failure(error) from error
         raise AssertionError("the last try raises")
 
     @asynccontextmanager
-    async def _transfer(self) -> AsyncGenerator[None, None]:
+    async def _transfer(self, way: str) -> AsyncGenerator[None, None]:
         """A place among the transfers under way."""
         try:
             async with asyncio.timeout(QUEUE_SECONDS):
                 await self._transfers.acquire()
         except TimeoutError:
+            self.traffic.failed(traffic.BUSY)
             raise StoreUnavailable(
                 f"{TRANSFERS} transfers are under way on this replica", retry_after=DOWN_AGAIN
             ) from None
         try:
-            yield
+            with self.traffic.timed(way, self._clock):
+                yield
         finally:
             self._transfers.release()
+
+    def _failure(self, error: ObjectStoreError) -> BatonError:
+        """What callers are told of the store's failure; counted."""
+        kinds = {ObjectStoreFull: traffic.STORE_FULL, ObjectStoreRefused: traffic.STORE_REFUSED}
+        self.traffic.failed(kinds.get(type(error), traffic.STORE_DOWN))
+        return _unavailable(error)
+
+    async def _next(self, chunks: AsyncIterator[Chunk]) -> Chunk | None:
+        """The next chunk of an uploader; None at the end. Raises TimedOut."""
+        try:
+            async with asyncio.timeout(STALL_SECONDS):
+                return await anext(chunks, None)
+        except TimeoutError:
+            self.traffic.failed(traffic.STALLED)
+            raise TimedOut(f"no chunk came for {STALL_SECONDS:g} s") from None
 
 
 def code_folder(namespace: str, sha256: str) -> str:
@@ -300,15 +328,6 @@ def _unavailable(error: ObjectStoreError) -> BatonError:
         text = f"the artifact store refuses this replica: {error}; an operator has to mend its credentials or address"
         return StoreUnavailable(text, retry_after=FULL_AGAIN)
     return StoreUnavailable(f"the artifact store does not answer: {error}", retry_after=DOWN_AGAIN)
-
-
-async def _next(chunks: AsyncIterator[Chunk]) -> Chunk | None:
-    """The next chunk of an uploader; None at the end. Raises TimedOut."""
-    try:
-        async with asyncio.timeout(STALL_SECONDS):
-            return await anext(chunks, None)
-    except TimeoutError:
-        raise TimedOut(f"no chunk came for {STALL_SECONDS:g} s") from None
 
 
 async def _drop(tasks: deque[asyncio.Task[T]]) -> None:

@@ -17,6 +17,7 @@ from baton.clock import Clock
 from baton.errors import BatonError
 from control_plane.artifacts.base import ObjectInfo, ObjectStore, ObjectStoreError
 from control_plane.artifacts.gateway import CODE, MANIFEST, USED
+from control_plane.artifacts.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +46,12 @@ Known = Callable[[Sequence[str], float], Awaitable[set[str]]]
 class Sweeper:
     """One replica's loop."""
 
-    def __init__(self, store: ObjectStore, clock: Clock, known: Known, mine: Callable[[], bool]) -> None:
+    def __init__(
+        self, store: ObjectStore, clock: Clock, known: Known, mine: Callable[[], bool], counts: Traffic | None = None
+    ) -> None:
         """`mine`: whether this replica is the one that sweeps."""
         self._store, self._clock, self._known, self._mine = store, clock, known, mine
+        self._counts = counts or Traffic()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -58,6 +62,7 @@ class Sweeper:
             try:
                 removed = await self.sweep()
             except (ObjectStoreError, BatonError) as error:
+                self._counts.sweeps_failed += 1
                 log.warning("artifacts are not swept now", extra={"error": str(error)})
                 continue
             if removed:
@@ -109,7 +114,9 @@ class Sweeper:
         for manifests in (True, False):
             keys = [info.key async for info in self._all(folder) if not manifests or info.key.endswith(f"/{MANIFEST}")]
             for start in range(0, len(keys), DELETE):
-                await self._store.delete(keys[start : start + DELETE], timeout=STORE_SECONDS)
+                part = keys[start : start + DELETE]
+                await self._store.delete(part, timeout=STORE_SECONDS)
+                self._counts.swept += len(part)
 
     async def _all(self, folder: str) -> AsyncIterator[ObjectInfo]:
         after = ""

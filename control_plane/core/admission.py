@@ -140,7 +140,10 @@ def _check_tasks(tasks: Sequence[GraphTask], level: int) -> None:
     if len({task.id for task in tasks}) != len(tasks):
         raise Refused("INVALID_FIELD", "task ids must be unique in the graph", "spec.tasks")
     if level < ARTIFACTS_LEVEL and any(task.spec.python and task.spec.python.stored for task in tasks):
-        message = f"stored code needs feature level {ARTIFACTS_LEVEL}, the operator's federation is at {level}"
+        message = (
+            f"stored code needs feature level {ARTIFACTS_LEVEL}, the operator's federation is at {level}: "
+            "it rises by itself once every replica runs a newer version"
+        )
         raise Refused("WRONG_STATE", message, "spec.codes")  # older replicas would dispatch it without its bytes (J11)
 
 

@@ -61,7 +61,7 @@ class Publishing:
         if self._level < ARTIFACTS_LEVEL:
             return (
                 f"it made artifacts, which need feature level {ARTIFACTS_LEVEL}; the operator's federation is at "
-                f"{self._level}: let every replica run a newer version, then raise the level"
+                f"{self._level}: it rises by itself once every replica runs a newer version"
             )
         if len(refs) > ATTEMPT_ARTIFACTS:
             return f"it made {len(refs)} artifacts, over the limit of {ATTEMPT_ARTIFACTS}: pack them into fewer files"

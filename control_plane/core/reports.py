@@ -25,6 +25,7 @@ from control_plane.core.machine import Batch
 from control_plane.core.model import AttemptId, AttemptState, OnClusterLost, Outcome
 from control_plane.core.publishing import Publishing, commit_checkpoints
 from control_plane.core.run import Attempt, Run
+from control_plane.core.run_times import HORIZON
 from control_plane.core.state import ShardState
 
 MESSAGE_LIMIT = 500
@@ -102,11 +103,12 @@ def _started(state: ShardState, command: TakeReports, batch: Batch) -> None:
         found = _reported(state, command.cluster, id_)
         if found and found[1].state is AttemptState.PLACED and found[0].is_live(found[1]):
             columns.setdefault(id_.run, {})[id_] = start
-            # Agents tell the start of what does not end soon: long work is known as such before its first end.
-            _learn(state, found[0], id_.task, batch.now - start)
-    for run, starts in columns.items():
+            # Agents tell the start of what does not end soon: that run times have grown is known before the first such end.
+            run, spec = found[0], found[0].tasks[id_.task].spec
+            state.run_times.running(run.lanes[id_.task].key, spec.program, batch.now - start)
+    for uid, starts in columns.items():
         tasks, ns = tuple(i.task for i in starts), tuple(i.n for i in starts)
-        batch.emit(AttemptsStarted(run, tasks, ns, tuple(starts.values())))
+        batch.emit(AttemptsStarted(uid, tasks, ns, tuple(starts.values())))
 
 
 def _finished(state: ShardState, command: TakeReports, batch: Batch) -> set[AttemptId]:
@@ -205,6 +207,10 @@ def _rejected(state: ShardState, command: TakeReports, batch: Batch, gone: set[A
         found = _reported(state, command.cluster, id_)
         if found and id_ not in gone and found[0].is_live(found[1]):
             columns.setdefault(id_.run, {})[id_] = reason[:MESSAGE_LIMIT]
-    for run, reasons in columns.items():
+            run, attempt = found
+            if batch.now - attempt.placed > HORIZON:
+                # It stood in a queue that should have been empty by then: the place must not be filled again at once.
+                state.run_times.slow(run.lanes[id_.task].key, run.tasks[id_.task].spec.program)
+    for uid, reasons in columns.items():
         tasks, ns = tuple(i.task for i in reasons), tuple(i.n for i in reasons)
-        batch.emit(AttemptsRejected(run, tasks, ns, tuple(reasons.values())))
+        batch.emit(AttemptsRejected(uid, tasks, ns, tuple(reasons.values())))

@@ -2,12 +2,14 @@
 
 Theory: the mean decides how fast a queue drains, so the mean is what is learned, of each program of a group by itself: a function
 with its code, or a whole command line. A mistake is dear on one side only: work that is thought shorter than it is waits in a
-queue while another cluster is free. So the estimate rises faster than it falls; what never ran is unknown; and a group whose ready
+queue while another cluster is free. So the estimate rises faster than it falls; an agent hands back what waits too long, and then
+the program counts as slow at once; what never ran is unknown; and a group whose ready
 tasks run several programs is as slow as the slowest of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 HORIZON = 0.25
@@ -25,6 +27,10 @@ RISE, FALL = 1 / 8, 1 / 16
 """Share of the difference that one longer, or one shorter, observation moves the estimate. A faster rise lets one slow start on a busy
 host empty a queue of short work, and a task of minutes closes it all the same; a faster fall fills queues between two slow tasks of
 a mixed program."""
+
+SLOW = 2 * HORIZON
+"""Seconds that a program takes at least if one of its tasks came back from a cluster unstarted. Too little: a few short ends fill the
+same queue again; more: a cluster that stood still for a moment costs many hops. From here it takes a dozen short ends."""
 
 TICK = 0.0005
 """Seconds taken for a run that agents tell as 0 ms: half of what they can tell. 0 would mean unknown."""
@@ -49,6 +55,17 @@ class RunTimes:
             del self._known[next(iter(self._known))]
         if len(self._groups) > MAX_PROGRAMS:
             del self._groups[next(iter(self._groups))]
+
+    def running(self, group: str, program: Program, seconds: float) -> None:
+        """A task has run so long and goes on: that only raises what is known. Of a program without an end nothing is known yet."""
+        if seconds > self._known.get((group, program), math.inf):
+            self.learn(group, program, seconds)
+
+    def slow(self, group: str, program: Program) -> None:
+        """A task waited in a cluster's queue far longer than the horizon and was not started: the program is not short any more."""
+        key = (group, program)
+        self._known[key] = max(self._known.pop(key, SLOW), SLOW)
+        self._groups[group] = max(self._groups.pop(group, SLOW), SLOW)
 
     def of(self, group: str, programs: Iterable[Program]) -> float:
         """The slowest of these programs, in seconds; 0 if one is not known, or there are too many."""

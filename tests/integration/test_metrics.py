@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from baton.audit import Verdict
 from baton.client import AsyncClient
 from baton.v1 import run_pb2
 from baton.webport import WebPort
@@ -26,6 +26,7 @@ from control_plane.core.model import Outcome, RetryPolicy
 from control_plane.meter import NAMESPACES, OTHER, Meter
 from control_plane.observing import Observing
 from tests.contract.executor_worlds import end_guards, guards_under
+from tests.integration import metric_lint
 from tests.integration.fake_clusters import CLOCK, FakeCluster, fake_cluster
 from tests.integration.replicas import Rig, rig, until
 from tests.integration.test_trace import get, graph, receiver
@@ -33,7 +34,10 @@ from tests.unit.core.shard_kit import Shard, task
 from tests.unit.core.shard_kit import facts as cluster
 from tests.unit.core.test_spans import failed_over, report
 
-DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "metrics.md"
+
+VERDICTS = tuple(verdict.value for verdict in Verdict)
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -45,9 +49,8 @@ def documented() -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def check_text(text: str) -> Samples:
-    """Every sample; by promtool too, where there is one."""
-    if promtool := shutil.which("promtool"):
-        subprocess.run([promtool, "check", "metrics"], input=text.encode(), check=True)
+    """Every sample; promtool finds nothing wrong."""
+    metric_lint.check(text)
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
@@ -104,6 +107,39 @@ async def agent_page(cluster: FakeCluster) -> AsyncIterator[WebPort]:
         await port.close()
 
 
+GOOD = "# HELP a_{0} Things.\n# TYPE a_{0} {1}\na_{0} 1\n"
+
+BAD = {
+    "no total": GOOD.format("events", "counter"),
+    "total": GOOD.format("total", "gauge"),
+    "no help": "# TYPE a_total counter\na_total 1\n",
+    "milliseconds": GOOD.format("milliseconds", "gauge"),
+    "minutes": GOOD.format("minutes", "gauge"),
+    "abbreviated": GOOD.format("ms", "gauge"),
+    "type": GOOD.format("gauge_b", "gauge"),
+    "camel": GOOD.format("someThing", "gauge"),
+    "colon": GOOD.format("x:y", "gauge"),
+    "camel label": '# HELP a Things.\n# TYPE a gauge\na{runName="x"} 1\n',
+    "le": '# HELP a Things.\n# TYPE a gauge\na{le="1"} 1\n',
+    "quantile": '# HELP a Things.\n# TYPE a gauge\na{quantile="1"} 1\n',
+    "bucket": GOOD.format("bucket", "gauge"),
+    "count": GOOD.format("count", "gauge"),
+    "two series": GOOD.format("x", "gauge") + "a_x 2\n",
+    "two types": GOOD.format("x", "gauge") + "# TYPE a_x gauge\n",
+    "garbage": "a b c d\n",
+}
+
+
+@pytest.mark.timeout(360)
+@pytest.mark.parametrize("name", BAD)
+def test_both_judges_refuse_a_bad_page(name: str) -> None:
+    assert metric_lint.problems(BAD[name])
+    if (original := metric_lint.original()) is not None:
+        said = subprocess.run(original, input=BAD[name].encode(), capture_output=True, timeout=60, check=False)
+        assert said.returncode != 0, "our rules are stricter than promtool's"
+
+
+@pytest.mark.timeout(360)
 async def test_metrics_of_a_replica_and_an_agent_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archiver, "DELAY", 1.5)
     port_file = tmp_path / "web"
@@ -145,6 +181,8 @@ async def test_metrics_of_a_replica_and_an_agent_at_work(tmp_path: Path, monkeyp
             assert found["baton_commit_seconds_count", ()] == found["baton_commit_bytes_count", ()] > 0
             assert found["baton_overlapping_owners_total", ()] == found["baton_inbox_dropped_total", ()] == 0
             assert found["baton_history_runs_checked_total", ()] == 1
+            verdicts = {name: found["baton_history_runs_audited_total", (("verdict", name),)] for name in VERDICTS}
+            assert verdicts == {"proven": 1, "declared": 0, "unproven": 0, "violated": 0}
             assert found["baton_otlp_spans_sent_total", ()] == len(spans)
             assert found["baton_otlp_runs_failed_total", ()] == found["baton_otlp_runs_dropped_total", ()] == 0
             assert found["baton_lease_margin_seconds", ()] > 0

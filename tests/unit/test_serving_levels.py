@@ -41,6 +41,7 @@ async def test_j11_what_an_older_agent_cannot_read_waits_for_a_newer_one(server:
     await a.place(1)
     await asyncio.sleep(3 * RESEND)
     assert old.tasks() == []
+    assert not any(sent.codes for sent in old.of("dispatches"))
     new = a.dial(feature_level=ARTIFACTS_LEVEL)
     assert (await new.welcomed()).resumed
     await until(lambda: new.tasks() == [0])
