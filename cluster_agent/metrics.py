@@ -49,6 +49,9 @@ def families(cluster: str, reconciler: Reconciler, executor: Executor, now: floa
         Family("baton_agent_journal_errors_total", COUNTER, "Writes that the disk refused.", label).add(
             reconciler.journal_errors, cluster
         ),
+        Family(
+            "baton_agent_handed_back_total", COUNTER, "Attempts that waited here too long and went back.", label
+        ).add(machine.handed_back, cluster),
     ]
     ticked = executor.ticked_at()
     if ticked > 0:

@@ -159,7 +159,7 @@ def reports(action: SendReports) -> Iterator[agent_pb2.SessionRequest]:
         agent_pb2.StartedReport(attempt=_ref(key), start_wall_ms=wall_ms) for key, wall_ms in action.started
     )
     message.rejected.extend(
-        agent_pb2.RejectedReport(attempt=_ref(key), reason=reason) for key, reason in action.rejected
+        agent_pb2.RejectedReport(attempt=_ref(key), reason=_text(reason)) for key, reason in action.rejected
     )
     message.stopped.extend(_ref(key) for key in action.stopped)
     message.checkpoints.extend(
@@ -179,7 +179,7 @@ def reports(action: SendReports) -> Iterator[agent_pb2.SessionRequest]:
 def log_chunk(request: str, offset: int, data: bytes = b"", *, end: bool, error: str = "") -> agent_pb2.SessionRequest:
     """A part of the answer to a LogRequest."""
     return agent_pb2.SessionRequest(
-        log=agent_pb2.LogChunk(request=request, offset=offset, data=data, end=end, error=error)
+        log=agent_pb2.LogChunk(request=request, offset=offset, data=data, end=end, error=_text(error))
     )
 
 
@@ -206,7 +206,7 @@ def _finished(key: AttemptKey, ended: Ended) -> agent_pb2.FinishedReport:
         outcome=_OUTCOMES[ended.outcome],
         exit_code=ended.exit_code,
         result=ended.result,
-        message=ended.message,
+        message=_text(ended.message),
         start_wall_ms=ended.start_wall_ms,
         end_wall_ms=ended.end_wall_ms,
         late=ended.late,
@@ -214,6 +214,12 @@ def _finished(key: AttemptKey, ended: Ended) -> agent_pb2.FinishedReport:
     if ended.artifacts:
         report.artifacts.extend(map(_artifact, ended.artifacts))
     return report
+
+
+def _text(words: str) -> str:
+    """Words as the wire can have them. An exception's text and a file's name may hold half a surrogate pair; protobuf
+    refuses that with an exception, which would end this agent, and every one that the attempt comes to after it."""
+    return words.encode(errors="backslashreplace").decode()
 
 
 def _artifact(ref: ArtifactRef) -> agent_pb2.ArtifactRef:

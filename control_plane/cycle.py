@@ -286,9 +286,10 @@ class Cycle:
         self.wake()
 
     def _next_timer(self) -> float | None:
-        at = min(
-            (self.decider.due_at(slot) for slot in self.slots.values() if slot.phase is Phase.OPEN), default=math.inf
-        )
+        at = math.inf
+        for slot in self.slots.values():
+            if slot.phase is Phase.OPEN and (due := self.decider.due_at(slot)) < at:
+                at = due
         return None if at == math.inf else max(0.0, at - self._clock.wall())
 
     def _set_alarm(self, wait: float | None) -> None:

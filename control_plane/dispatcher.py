@@ -233,7 +233,7 @@ class Dispatcher:
                 self._stop(owned, link, [*stops, *verdict.orphans])
             for uid in list(dict.fromkeys(orphan.run for orphan in verdict.orphans))[:TOLD_ORPHANS]:
                 log.warning("work of an unknown run is stopped", extra={"run": uid, "shard": shard, "cluster": cluster})
-        yield b""
+        yield owned.owner_value
 
     def _linked(self, replica: str, message: peer.FromCluster) -> Link | None:
         """The shard's link to that stream; None if a later stream of the cluster is linked already (calls crossed)."""

@@ -318,15 +318,19 @@ class Sessions:
             while not session.closed.is_set():
                 owner = self._owners_seen.get(shard)
                 try:
-                    await single(self._router.call(shard, INVENTORY, payload, timeout=CALL_TIMEOUT))
+                    answered = await single(self._router.call(shard, INVENTORY, payload, timeout=CALL_TIMEOUT))
                 except Exception as error:
                     if not isinstance(error, _EXPECTED):  # without telling the shard has no link (J7)
                         log.exception("an inventory failed", extra={"shard": shard, "cluster": session.name})
                     await self._clock.sleep(pause * (0.5 + self._entropy.uniform()))
                     pause = min(2 * pause, MAX_PAUSE)
                     continue
-                if self._owners_seen.get(shard) == owner:
-                    break  # else who answered may have been the owner before: its successor knows nothing of this stream
+                if self._owners_seen.get(shard) != owner:
+                    continue  # who answered may have been the owner before: its successor knows nothing of this stream
+                if not answered or json.loads(answered)["nonce"] == owner:
+                    break  # empty: from an older replica, which does not say as which owner it answered
+                # A former owner that has not noticed yet, such as this replica, or one that is ahead of our view.
+                await self._clock.sleep(RETRY_PAUSE * (0.5 + self._entropy.uniform()))
         finally:
             session.telling.discard(shard)
 

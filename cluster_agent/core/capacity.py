@@ -209,6 +209,8 @@ class LocalQueue:
 
     def stale(self, now: float) -> tuple[AttemptKey, ...]:
         """Who has waited for longer than they may, in order; they stay."""
+        if not self._since:
+            return ()
         late = itertools.takewhile(lambda item: item[1] <= now - PATIENCE_SECONDS, self._since.items())
         return tuple(key for key, _ in late)
 

@@ -17,7 +17,8 @@ The rules, each with its place below:
   shard's epoch and mark before it is acted upon (`_admit`).
 * **G2**: at F the guard must live, stream or no stream; one that gives no sign of life is killed with its work
   (`_see_to_the_fence`). A new guard is told of the lease first (`_on_census`).
-* **C3**: this agent has the last word on what fits, and sends back what waits too long. **D1**: deadlines are mapped by the last answered heartbeat.
+* **C3**: this agent has the last word on what fits, and sends back what waits too long. **D1**: deadlines are mapped
+  by the last answered heartbeat.
 
 One step handles a batch and is atomic: its actions leave only after its records are written (see `commands.Step`).
 """

@@ -136,12 +136,15 @@ class Pythons:
             while pool.waiting and pool.busy < pool.slots:
                 call = pool.waiting.popleft()
                 try:
-                    worker = self._idle(pool) or self._spawn(pool, call)
-                except OSError as error:
+                    worker = self._idle(pool)
+                    if worker is not None:
+                        self._put(worker, call)
+                    else:
+                        worker = self._spawn(pool, call)
+                except OSError as error:  # also a call too large for the pipes of this host
                     del self.calls[call.name]
                     failed.append((call, error))
                     continue
-                self._put(worker, call)
                 self.take_up(worker, now)
                 begun.append(call)
             self._prefetch(pool, now)
@@ -165,12 +168,12 @@ class Pythons:
             worker = min(open_lines, key=lambda each: len(each.line))
             try:
                 self._put(worker, pool.waiting[0])
-            except BlockingIOError:  # large ones; the next answer makes room
+            except OSError:  # large ones: the next answer makes room, or `deal` says that none ever will
                 return
             pool.waiting.popleft()
 
     def _put(self, worker: Worker, call: Call) -> None:
-        """Into its pipe. The guard holds both ends, so it cannot break. Raises BlockingIOError when it is full."""
+        """Into its pipe. The guard holds both ends, so it cannot break. Raises OSError when there is no room in it."""
         worker.pipe.send(call.message)
         worker.line.append(call)
         call.worker = worker
@@ -368,6 +371,8 @@ class Pythons:
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             socket.send_fds(pipe, [HELLO], [theirs.fileno()])
+            pipe.setblocking(False)
+            pipe.send(call.message)  # before anything runs: if it does not fit, nothing has to be ended
             workload = self._spawner.spawn(own, {}, sys.executable, unread.fileno())
         except BaseException:
             for each in (pipe, unread, control):
@@ -376,13 +381,14 @@ class Pythons:
             raise
         finally:
             theirs.close()
-        pipe.setblocking(False)
         control.setblocking(False)
         process = proctree.read(workload.keeper_pid)
         ticks = process.start_ticks if process is not None else 0
         worker = Worker(pool, name, workload, pipe, unread, control, ticks)
         self._workers[workload.keeper_pid] = worker
         pool.workers.append(worker)
+        worker.line.append(call)
+        call.worker = worker
         return worker
 
 

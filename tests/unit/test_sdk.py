@@ -113,6 +113,13 @@ def test_outside_a_graph_a_task_is_its_function() -> None:
         size.map([1])
 
 
+def cyclic() -> list[object]:
+    """A list that holds itself."""
+    value: list[object] = []
+    value.append(value)
+    return value
+
+
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
@@ -122,6 +129,8 @@ def test_outside_a_graph_a_task_is_its_function() -> None:
         (lambda: 1, "function is no JSON"),
         (float("nan"), "no JSON"),
         ({1: 2}, "the key 1 is no text"),
+        ("\ud800", r"load\(\).*no JSON"),
+        (cyclic(), r"load\(\).*no JSON"),
         ({"$baton.result": "x"}, "pass the handle"),
         ({"$baton.results": ["x", 0, 3]}, "pass the handle"),
     ],
@@ -165,6 +174,23 @@ def test_unknown_options_and_bad_values_are_named() -> None:
         load.using(timeout="soon")()
     with pytest.raises(InvalidField, match="timeout"):
         graph.spec()
+
+
+def test_one_text_where_a_list_is_meant_is_refused_and_not_taken_letter_by_letter() -> None:
+    with pytest.raises(TypeError, match=r"requirements: write a list, \['numpy'\]"):
+        task(requirements="numpy")
+    with pytest.raises(TypeError, match="clusters: write a list"):
+        load.using(clusters="eu")
+    with pytest.raises(TypeError, match="files: write a list"):
+        Graph(files="*.json")
+
+
+@pytest.mark.parametrize(("pattern", "words"), [("/etc/passwd", "no pattern below"), ("../*.txt", "leaves")])
+def test_files_outside_the_scripts_folder_are_refused_by_name(tmp_path: Path, pattern: str, words: str) -> None:
+    (tmp_path / "outside.txt").write_text("x")
+    (tmp_path / "project").mkdir()
+    with pytest.raises(InvalidField, match=words):
+        packing.pack(tmp_path / "project", [pattern])
 
 
 def script(folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:

@@ -29,7 +29,7 @@ from control_plane.services.fleet_calls import FleetCalls
 from control_plane.session_calls import INVENTORY, LOSE
 from control_plane.sessions import Sessions, SessionsConfig, StreamClosed
 from control_plane.store import keys
-from control_plane.store.base import Put, Txn
+from control_plane.store.base import Delete, Put, Txn
 from control_plane.store.memory import CallFault, MemoryEtcd
 from control_plane.view import View
 from tests.unit.journal_world import Replica, story, until
@@ -353,6 +353,25 @@ async def test_j7_a_shard_that_moves_while_its_old_owner_answers_is_told_the_inv
     await c.place(1)
     await until(lambda: end.tasks() == [0])
     await asyncio.gather(a.crash(), b.crash(), c.crash())
+
+
+@story
+async def test_j7_a_former_owner_that_has_not_noticed_is_not_taken_for_the_owner(server: MemoryEtcd) -> None:
+    """Seed 7014: the serving replica itself was the owner before, and answered before it knew that its lease was gone."""
+    wires = Wires()
+    a = await Node(server, "a", wires).up(FLEET, "00")
+    c = await Node(server, "c", wires).up()
+    await until(lambda: set(c.view.owners) >= {FLEET, "00"})
+    end = a.dial()
+    await linked(a, end)
+    server.txn(Txn((), (Delete(keys.owner("00")),)))
+    assert await c.controller.take("00")
+    await until(lambda: "00" in a.view.owners and a.view.owners["00"].replica == "c")
+    await asyncio.sleep(1.0)
+    assert "00" in a.controller.owned(), "it has asked itself by now"
+    a.controller.drop("00")
+    await until(lambda: ("00", c.cluster) in c.dispatcher._links, 10.0)
+    await asyncio.gather(a.crash(), c.crash())
 
 
 @story

@@ -7,6 +7,7 @@ from typing import Any
 
 from baton.v1 import agent_pb2 as pb
 from control_plane import agent_codec as codec
+from control_plane.core.events import ARTIFACTS_LEVEL
 from control_plane.core.model import AttemptId
 from control_plane.store.memory import CallFault, MemoryEtcd
 from tests.unit.journal_world import story, until
@@ -29,7 +30,7 @@ def settled(end: AgentEnd) -> list[str]:
 
 async def running(server: MemoryEtcd) -> tuple[Node, AgentEnd, AttemptId]:
     node = await alone(server)
-    end = node.dial()
+    end = node.dial(feature_level=ARTIFACTS_LEVEL)
     await linked(node, end)
     await node.create("r", 1)
     await node.place(1)
@@ -40,7 +41,7 @@ async def running(server: MemoryEtcd) -> tuple[Node, AgentEnd, AttemptId]:
 
 async def moved(node: Node, lost: AttemptId) -> AgentEnd:
     """The host was booted anew, so its work is known dead (S6); the task is placed again."""
-    end = node.dial(boot_id="b2", last_generation=1)
+    end = node.dial(boot_id="b2", last_generation=1, feature_level=ARTIFACTS_LEVEL)
     await end.welcomed()
     await until(lambda: node.view.table.clusters[node.cluster].generation == 2)
     await until(lambda: bool(node.machine().demand()))
@@ -97,7 +98,7 @@ async def test_j7_a_takeover_dispatches_from_the_same_checkpoint(server: MemoryE
     await node.controller.release("00")
     await until(lambda: "00" not in node.controller.owned())
     assert await node.controller.take("00")
-    again = node.dial(boot_id="b2", last_generation=2)
+    again = node.dial(boot_id="b2", last_generation=2, feature_level=ARTIFACTS_LEVEL)
     await until(lambda: bool(again.tasks()))
     assert dispatch(again).checkpoint == dispatch(second).checkpoint
     await node.crash()

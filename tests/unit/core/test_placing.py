@@ -199,7 +199,9 @@ def test_c3_what_came_back_from_a_queue_is_not_short_and_its_place_is_not_filled
     shard = Shard(facts("a"), facts("b"))
     shard.create(*(task(f"t{i}") for i in range(20)))
     shard.grant("a")
-    shard.do(TakeReports("a", 1, finished=(Finish(shard.only(0), Outcome.SUCCEEDED, 0, b"", "", START, START + 0.001),)))
+    shard.do(
+        TakeReports("a", 1, finished=(Finish(shard.only(0), Outcome.SUCCEEDED, 0, b"", "", START, START + 0.001),))
+    )
     shard.grant("a", 5)
     full, *waiting = sorted(shard.machine.live_on("a"))
     shard.do(TakeReports("a", 1, rejected=((full, "the local queue is full"),)))
