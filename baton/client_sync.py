@@ -43,7 +43,7 @@ class _Loop:
     """The event loop that all clients of this process share, on a daemon thread: an exit of the script is not held up."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection of garbage in `running` may close a stream, which asks again
         self.ended = False
         """The process ends: nothing can be waited for any more."""
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -68,7 +68,7 @@ class _Loop:
 
     def forget(self) -> None:
         """In the child of a fork: the thread is not there."""
-        self._lock, self._loop, self._thread = threading.Lock(), None, None
+        self._lock, self._loop, self._thread = threading.RLock(), None, None
 
     def end(self) -> None:
         """At the process's exit, while threads still run: what is under way is cancelled, what is open is closed."""

@@ -137,14 +137,16 @@ class Shelf:
         """An empty file to become the task's checkpoint (`place_checkpoint`)."""
         folder = self._checkpoint(key)
         folder.mkdir(mode=0o700, exist_ok=True)
-        return open(folder / f".{LATEST}.{key.n}", "wb")
+        draft = folder / f".{LATEST}.{key.n}"
+        draft.unlink(missing_ok=True)  # the folder is a workload's: a link or a pipe may wait under that name
+        return open(draft, "xb")
 
     def place_checkpoint(self, key: AttemptKey, *, keep: bool) -> Stamp:
         """Let the draft be the checkpoint, or go if not `keep`; the stamp of what is there then."""
         folder = self._checkpoint(key)
         draft = folder / f".{LATEST}.{key.n}"
         if keep:
-            if (folder / LATEST).is_dir():
+            if (folder / LATEST).is_dir() and not (folder / LATEST).is_symlink():
                 shutil.rmtree(folder / LATEST)
             draft.replace(folder / LATEST)
         else:

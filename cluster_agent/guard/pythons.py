@@ -348,11 +348,8 @@ class Pythons:
             "result_bytes": request.limits.result_bytes,
             "args": len(args),
         }
-        message = b"%b\n%b%b" % (
-            _encode(head).encode(),
-            args,
-            request.inputs if self._places.inlined(request.inputs) else b"",
-        )
+        inputs = request.inputs if self._places.inlined(request.inputs) else b""
+        message = b"%b\n%b%b" % (_encode(head).encode(), args, inputs)
         if len(message) > MAX_MESSAGE:
             words = f"arguments and environment have {len(message)} bytes together, over the limit of {MAX_MESSAGE}"
             raise OSError(errno.EMSGSIZE, words)

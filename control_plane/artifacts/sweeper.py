@@ -4,6 +4,8 @@ Theory. Nobody is told that content became garbage; it is looked for. A folder o
 history and nothing in it was written for an hour: an upload that is under way has a live run, and a run leaves the live state
 only after it is in history. Code goes when its stamp is old. Nothing is deleted by guess: if one shard or history does not
 answer, everything stays until the next round. The manifest goes first, so that nobody reads half of what is being deleted.
+What has no name that we would give is somebody else's and is not looked into: an operator may have pointed us at a folder or a bucket
+that holds more (at least a `lost+found`).
 
 One replica sweeps, the owner of the fleet's shard; two that both think so do the same work, which does no harm.
 """
@@ -11,10 +13,12 @@ One replica sweeps, the owner of the fleet's shard; two that both think so do th
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from baton.clock import Clock
 from baton.errors import BatonError
+from baton.names import id_problem
 from control_plane.artifacts.base import ObjectInfo, ObjectStore, ObjectStoreError
 from control_plane.artifacts.gateway import CODE, MANIFEST, USED
 from control_plane.artifacts.traffic import Traffic
@@ -38,6 +42,11 @@ KNOWN_SECONDS = 30.0
 
 DELETE = 500
 """Objects deleted by one request."""
+
+_RUN = re.compile(r"[0-9a-f]{24,64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+"""Folders that are a run's or a code's. Uids of runs are hashes in hex; a wider pattern would take a folder of somebody's for a run
+that nobody knows."""
 
 Known = Callable[[Sequence[str], float], Awaitable[set[str]]]
 """Which of these uids are runs, live or finished; raises BatonError when somebody does not say. Within seconds."""
@@ -72,8 +81,10 @@ class Sweeper:
         """One round; how many folders were removed. Raises ObjectStoreError, BatonError: then the rest stays."""
         removed = 0
         for namespace in await self._store.folders("", timeout=STORE_SECONDS):
+            if id_problem(namespace):
+                continue
             runs = await self._store.folders(f"{namespace}/", timeout=STORE_SECONDS)
-            uids = [uid for uid in runs if uid != CODE]
+            uids = [uid for uid in runs if _RUN.fullmatch(uid)]
             for start in range(0, len(uids), BATCH):
                 removed += await self._sweep_runs(namespace, uids[start : start + BATCH])
             if CODE in runs:
@@ -93,6 +104,8 @@ class Sweeper:
     async def _sweep_codes(self, prefix: str) -> int:
         removed = 0
         for sha256 in await self._store.folders(prefix, timeout=STORE_SECONDS):
+            if not _SHA256.fullmatch(sha256):
+                continue
             folder = f"{prefix}{sha256}/"
             stamps = [info.modified async for info in self._all(folder) if info.key == folder + USED]
             # Without a stamp the upload may be under way: its objects are judged by their own age.

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from baton.artifacts import CHUNK_BYTES, Chunk, attempt_folder, manifest_of, pack, read_chunks, unpack_listed
-from baton.clock import SystemClock
+from baton.clock import SystemClock, SystemEntropy
 from baton.errors import BatonError, Internal, InvalidField, LimitExceeded, NameTaken, StoreUnavailable
 from control_plane.artifacts.address import S3Address
 from control_plane.artifacts.base import (
@@ -25,6 +25,7 @@ from control_plane.artifacts.base import (
     ObjectStoreFull,
     ObjectStoreRefused,
 )
+from control_plane.artifacts.directory import DirectoryStore
 from control_plane.artifacts.gateway import Gateway, _unavailable, code_folder
 from control_plane.artifacts.s3 import S3Store
 from control_plane.artifacts.sweeper import Sweeper
@@ -41,7 +42,7 @@ from tests.contract.artifact_worlds import (
 
 T = 30.0
 CLOCK = SystemClock()
-FOLDER = attempt_folder(namespace="default", run="ab12", task=3, n=1, nonce="00ff", cluster="c1")
+FOLDER = attempt_folder(namespace="default", run="ab12ab12ab12ab12ab12ab12", task=3, n=1, nonce="00ff", cluster="c1")
 FAR_FUTURE = 10 * 365 * 24 * 3600.0
 
 
@@ -199,7 +200,7 @@ async def test_a_killed_upload_leaves_nothing_visible_and_is_swept(gateway: Gate
     assert await store.page(FOLDER, timeout=T), "the story needs remains"
     assert await gateway.manifest(FOLDER, "result") is None
 
-    known = {"ab12"}
+    known = {"ab12ab12ab12ab12ab12ab12"}
 
     async def runs(uids: object, seconds: float) -> set[str]:
         return known
@@ -425,3 +426,23 @@ async def test_drafts_of_dead_writers_are_removed(tmp_path: Path) -> None:
     assert [path.name for path in (world.root / ".drafts").iterdir()] == [".young"]
     assert list(await store.folders("", timeout=T)) == []
     await store.close()
+
+
+async def test_what_was_not_ours_is_never_swept_nor_stops_the_sweep(tmp_path: Path) -> None:
+    """The folder that an operator gave holds more: what every new disk has, and somebody's own files."""
+    store = DirectoryStore(tmp_path, CLOCK, SystemEntropy())
+    (tmp_path / "lost+found").mkdir()
+    theirs = [tmp_path / "photos" / "2019" / "one.jpg", tmp_path / "photos" / "code" / "main" / "used"]
+    for path in theirs:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"theirs")
+    await put(Gateway(store, CLOCK), b"garbage")
+
+    async def none(uids: object, seconds: float) -> set[str]:
+        return set()
+
+    try:
+        assert await Sweeper(store, Later(), none, lambda: True).sweep() == 1, "our own garbage"
+        assert all(path.exists() for path in theirs)
+    finally:
+        await store.close()

@@ -23,7 +23,7 @@ import pytest
 import baton
 from baton import contexts, errors
 from baton.client import AsyncClient
-from baton.client_sync import wait
+from baton.client_sync import _shared, wait
 from baton.v1 import graph_pb2, run_pb2
 from tests.integration.small_federation import Fault, Replica, State
 
@@ -295,3 +295,16 @@ def test_a_script_may_end_with_everything_open(replica: Replica, checkout: Path)
     argv = [sys.executable, "-W", "error", "-c", script]
     done = subprocess.run(argv, cwd=checkout, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "('a', 'result of a') 1\n", "")
+
+
+def test_a_stream_that_the_garbage_collector_closes_while_the_loop_is_looked_up_blocks_nobody() -> None:
+    """The collector runs wherever something is allocated: also on the thread that holds the loop's lock."""
+
+    def asks_again() -> None:
+        with _shared._lock:
+            _shared.running()
+
+    thread = threading.Thread(target=asks_again, daemon=True)
+    thread.start()
+    thread.join(30.0)
+    assert not thread.is_alive()

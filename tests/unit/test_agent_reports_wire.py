@@ -9,7 +9,7 @@ from cluster_agent.core.commands import SendReports
 from cluster_agent.core.model import AttemptKey, Ended, Outcome
 from cluster_agent.journal_codec import _ended, _read_ended
 
-KEY = AttemptKey("0123456789abcdef01234567", 0, 1, 7)
+KEY = AttemptKey("0123456789abcdef01234567", 0, 1, "0a1b2c3d")
 
 
 def ended(message: str) -> Ended:

@@ -15,6 +15,7 @@ from baton.clock import SystemClock
 from cluster_agent.carrying.cache import Cache
 from cluster_agent.carrying.courier import Courier, DiskFull, Undeliverable
 from cluster_agent.carrying.port import CarrierDown, CarrierRefused, Download, Maker, Wanted
+from cluster_agent.carrying.shelf import Shelf
 from cluster_agent.carrying.tally import Tally
 from cluster_agent.core.model import ArtifactSource
 from cluster_agent.executors.base import AttemptKey
@@ -151,3 +152,25 @@ async def test_patience_counts_from_the_last_progress(parts: Parts) -> None:
     parts.store.failures = [CarrierDown("cut off") for _ in range(5)]
     with pytest.raises(Undeliverable, match=r"unreachable for 0.3 s: cut off"):
         await parts.courier.store(Maker("default", AttemptKey("r", 1, 1, "n"), "cu"), "b", io.BytesIO(b"x"))
+
+
+@pytest.mark.parametrize("plant", ["link", "pipe", "latest"])
+def test_what_a_workload_plants_in_its_checkpoint_folder_is_not_followed(tmp_path: Path, plant: str) -> None:
+    """A link would have the agent write elsewhere, a pipe would hold its thread for ever, and a linked folder fail each start."""
+    folder, key = tmp_path / "guard" / "checkpoints" / "run.1", AttemptKey("run", 1, 2, "n")
+    folder.mkdir(parents=True)
+    shelf = Shelf(tmp_path / "guard", tmp_path / "own")
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(b"theirs")
+    if plant == "link":
+        (folder / ".latest.2").symlink_to(theirs)
+    elif plant == "pipe":
+        os.mkfifo(folder / ".latest.2")
+    else:
+        (folder / "epoch-5").mkdir()
+        (folder / "latest").symlink_to("epoch-5")
+    with shelf.draft_checkpoint(key) as draft:
+        draft.write(b"committed")
+    shelf.place_checkpoint(key, keep=True)
+    assert (folder / "latest").read_bytes() == b"committed"
+    assert theirs.read_bytes() == b"theirs"

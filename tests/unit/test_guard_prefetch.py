@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -220,3 +221,16 @@ def test_g5_a_task_that_speaks_to_the_guard_hides_no_answer(turns: Turns, marks:
 def test_nonsense_from_a_worker_soils_it_and_nothing_more(said: bytes) -> None:
     answer = read_answer(said + b"\nrest", "a")
     assert (answer.key, answer.soiled, answer.result) == ("a", True, b"")
+
+
+def test_f4_a_call_too_large_for_the_pipes_of_this_host_is_told_as_ended_and_holds_up_nobody(
+    turns: Turns, marks: Marks
+) -> None:
+    """A host may give sockets smaller buffers than most; what fits into none must not be lost without a word."""
+    worker = next(iter(turns.guard._pythons._workers.values()))
+    worker.pipe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+    large, small = marks.request("mark", "x" * 60_000), marks.request("mark")
+    turns.guard.start_calls([start_to_wire(large), start_to_wire(small)], host.boot())
+    turns.until(lambda: {large.key.text(), small.key.text()} <= turns.ends().keys())
+    assert turns.ends()[large.key.text()] == "spawn"
+    assert marks.words == [small.key.text()]
