@@ -34,6 +34,10 @@ REPEAT = 6.0
 """Seconds by which a repeated message may be late: three times what an owner waits before it sends again."""
 
 
+OVERTAKEN = 5.0
+"""Seconds by which a call may be late under `Links.disorder`: below a client's patience (6 s), far above a call's length."""
+
+
 class Links:
     """Which nodes can hear each other, and how slowly. `cut(a, b)` is one-way: messages from a to b are lost."""
 
@@ -43,10 +47,15 @@ class Links:
         """Who lives where just now."""
         self.repeats = 0.0
         """How likely a relayed message arrives a second time, up to REPEAT seconds later and out of order."""
+        self.disorder = 0.0
+        """How likely a call of its own is late, so that later ones overtake it."""
+        self._alone: dict[tuple[str, str], float] = {}
         self._hits = hits
         self._cut: set[tuple[str, str]] = set()
         self._last: dict[tuple[str, str], float] = {}
         self._pipes: list[Pipe] = []
+        self._severed: dict[frozenset[str], tuple[float, float]] = {}
+        """Pair of peers -> when their last stream broke, and when both had noticed."""
         self.peers: dict[str, MemoryPeers] = {}
 
     def cut(self, source: str, target: str) -> None:
@@ -55,11 +64,27 @@ class Links:
         for pipe in list(self._pipes):
             if {source, target} == {pipe.left, pipe.right}:
                 pipe.break_soon(self.rng.uniform(0.0, NOTICE))
+        if source in self.peers and target in self.peers:
+            self._sever(source, target)
+
+    def _sever(self, source: str, target: str) -> None:
+        """The stream between two peers breaks: what was sent on it before both notice is lost, later cuts prolong that."""
+        loop, pair = asyncio.get_running_loop(), frozenset((source, target))
+        since, until = self._severed.get(pair, (loop.time(), 0.0))
+        noticed = loop.time() + self.rng.uniform(0.0, NOTICE)
+        self._severed[pair] = (since if until > loop.time() else loop.time(), max(until, noticed))
         for one, other in ((source, target), (target, source)):
-            peers = self.peers.get(one)
-            if peers is not None and other in self.peers:
-                delay = self.rng.uniform(0.0, NOTICE)
-                asyncio.get_running_loop().call_later(delay, partial(peers.peer_broke, other), context=self._at(one))
+            loop.call_at(noticed, partial(self.peers[one].peer_broke, other), context=self._at(one))
+
+    def connected(self, one: str, other: str) -> bool:
+        """Whether two peers have a stream, or still believe so: a new one needs both directions."""
+        unnoticed = asyncio.get_running_loop().time() < self._severed.get(frozenset((one, other)), (0.0, 0.0))[1]
+        return unnoticed or (self.heard(one, other) and self.heard(other, one))
+
+    def severed(self, source: str, target: str, sent: float) -> bool:
+        """Whether what a peer sent at `sent`, and arrives now, was sent on a stream that broke meanwhile."""
+        since, until = self._severed.get(frozenset((source, target)), (0.0, 0.0))
+        return since <= asyncio.get_running_loop().time() and sent < until
 
     def heal(self, source: str, target: str) -> None:
         """`target` hears `source` again."""
@@ -82,6 +107,20 @@ class Links:
         at = max(loop.time() + self.rng.uniform(0.0, self.max_delay), self._last.get((source, target), 0.0) + 1e-6)
         self._last[source, target] = at
         # The way itself belongs to nobody: only what happens at its end is the target's, whoever lives there by then.
+        loop.call_at(at, partial(self._arrive, source, target, self.nodes.get(target), action), context=NOBODY)
+
+    def deliver_alone(self, source: str, target: str, action: Callable[[], None]) -> None:
+        """`deliver` what travels by itself, as each call of a channel does: in no order with the rest."""
+        if not self.heard(source, target):
+            self._hits["message lost"] += 1
+            return
+        loop, link = asyncio.get_running_loop(), (source, target)
+        at = loop.time() + self.rng.uniform(0.0, self.max_delay)
+        if self.disorder and self.rng.random() < self.disorder:
+            at += self.rng.uniform(0.0, OVERTAKEN)
+        if self.disorder and at < self._alone.get(link, 0.0):
+            self._hits["message overtook another"] += 1
+        self._alone[link] = max(at, self._alone.get(link, 0.0))
         loop.call_at(at, partial(self._arrive, source, target, self.nodes.get(target), action), context=NOBODY)
 
     def relay(self, source: str, target: str, action: Callable[[], None]) -> None:
@@ -142,17 +181,18 @@ class MemoryPeers:
     def send(self, replica: str, message: peer.PeerMessage) -> bool:
         """See `control_plane.peers.Peers`."""
         target = self._links.peers.get(replica)
-        if target is None or not target.alive or not self.alive:
+        if target is None or not target.alive or not self.alive or not self._links.connected(self._replica, replica):
             return False
         payload = message.SerializeToString()
         idempotent = message.WhichOneof("message") in ("to_cluster", "from_cluster")
         send = self._links.relay if idempotent else self._links.deliver
-        send(self._replica, replica, lambda: target.receive(self._replica, payload))
+        sent = asyncio.get_running_loop().time()
+        send(self._replica, replica, lambda: target.receive(self._replica, payload, sent))
         return True
 
-    def receive(self, replica: str, payload: bytes) -> None:
-        """A message arrives, unless this replica is dead."""
-        if self.alive:
+    def receive(self, replica: str, payload: bytes, sent: float) -> None:
+        """A message arrives, unless this replica is dead, or the stream it came on: one that lost a message brings no later one."""
+        if self.alive and not self._links.severed(replica, self._replica, sent):
             self._handler(replica, peer.PeerMessage.FromString(payload))
 
     def peer_broke(self, replica: str) -> None:

@@ -26,6 +26,8 @@ class Written:
     event: Event
     writer: str = ""
     """Replica that sent the transaction; empty if the recorder cannot know."""
+    level: int = 0
+    """Feature level of its batch (J11); 0: not known."""
 
 
 class Key(Protocol):
@@ -108,6 +110,17 @@ class Owned:
 
 
 @dataclass(frozen=True, slots=True)
+class Levelled:
+    """From `revision` on `member` is registered as reading up to `level` (0: it is not registered), or without a member's name: the
+    federation's level is that (J11)."""
+
+    at: float
+    revision: int
+    member: str
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
 class Restored:
     """The store became a backup again at `at`: what was written after `revision` until then is forgotten (J12)."""
 
@@ -140,6 +153,7 @@ class Record:
     watched: Sequence[Watched] = ()
     owners: Sequence[Owned] = ()
     restored: Sequence[Restored] = ()
+    levels: Sequence[Levelled] = ()
     capacity: Mapping[str, int] = field(default_factory=dict)
     """Cluster -> workload processes that fit at one time; absent: not known, or workloads of several sizes."""
     patience: float | None = None

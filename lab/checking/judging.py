@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from lab.checking import clients, convergence, files, owners, processes
+from lab.checking import clients, convergence, files, owners, processes, versions
 from lab.checking.fold import Fold
 from lab.checking.history import Record, Violation
 
@@ -35,6 +35,7 @@ SAFETY: tuple[Checker, ...] = (
     clients.refusals_are_honest,
     clients.reads_go_forward,
     clients.watches_are_whole,
+    versions.nobody_writes_above,
 )
 """What never happens, at any moment of a history."""
 

@@ -17,6 +17,7 @@ from control_plane.core.events import AttemptsFinished, AttemptsLost
 from control_plane.core.model import AttemptState
 from lab.checking.history import Violation
 from lab.checking.judging import judge
+from lab.exhaustive import hunt
 from lab.simulation import sabotage
 from lab.simulation.faults import KINDS
 from lab.simulation.record import tally
@@ -78,6 +79,8 @@ def verdict_of(outcome: Outcome, seconds: float) -> Verdict:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0 if every promise was kept, 1 if not."""
     options = _parse(arguments)
+    if options.exhaustive:
+        return _exhaustive(options)
     if options.sabotage:
         return _sabotage(options)
     faults = tuple(options.faults.split(",")) if options.faults else KINDS
@@ -99,6 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen += " --liveness" * options.liveness
             print(f"    reproduce: scripts/sim --seed {verdict.seed}{chosen}", flush=True)
     return _sum_up(verdicts, time.perf_counter() - begin)
+
+
+def _exhaustive(options: argparse.Namespace) -> int:
+    """Every interleaving of small worlds, instead of seeds."""
+    if options.remove:
+        return hunt.run_removals(options.remove, options.minutes, options.jobs)
+    return hunt.run(options.slice, options.minutes, options.jobs)
 
 
 def _sabotage(options: argparse.Namespace) -> int:
@@ -133,6 +143,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="",
         metavar="NAMES",
         help="remove safety mechanisms, one at a time, until each is caught: `all`, names, or `list`; with --seed: its story",
+    )
+    parser.add_argument(
+        "--exhaustive", action="store_true", help="every interleaving of small worlds (docs/exhaustive.md)"
+    )
+    parser.add_argument(
+        "--slice", choices=("a", "b", "ab"), default="ab", help="with --exhaustive: journal (a), sessions (b)"
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="with --exhaustive: its time (default 9)")
+    parser.add_argument(
+        "--remove",
+        default="",
+        metavar="NAMES",
+        help="with --exhaustive: show what happens without these rules; `all`, or names",
     )
     parser.add_argument("--faults", default="", help="only these classes of faults, separated by commas")
     cores = len(os.sched_getaffinity(0))

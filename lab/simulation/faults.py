@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lab.checking.history import Owned, Restored
+from lab.simulation import faults_machines as machines
 from lab.simulation import faults_rare as rare
 from lab.simulation import faults_store as at_store
 from lab.simulation.chance import chance
@@ -20,6 +21,7 @@ from lab.simulation.nodes import Life
 from lab.simulation.sieges import BEGIN, SIEGES, besiege, blind
 
 if TYPE_CHECKING:
+    from lab.simulation.processes import ReplicaProcess
     from lab.simulation.world import World
 
 PACE = 6.0
@@ -44,6 +46,7 @@ class Nemesis:
         self.notes: list[tuple[float, str]] = []
         self.healed = False
         """Nothing new strikes from here on."""
+        self.guard_pause = GUARD_PAUSE
         self.backups = 0
         self.restored: list[Restored] = []
         self.owners: list[Owned] = []
@@ -79,6 +82,10 @@ class Nemesis:
             "glimpse of a cluster": partial(rare.glimpse, self),
             "store sluggish": partial(rare.slow_store, self),
             "store restored": partial(rare.restore_store, self),
+            machines.SUSPENDED: partial(machines.suspend, self),
+            machines.REPLICA_BEHIND: partial(machines.put_back_replica, self),
+            machines.AGENT_BEHIND: partial(machines.put_back_agent, self),
+            "message reordered": partial(rare.reorder_messages, self),
             "message repeated": partial(rare.repeat_messages, self),
             "request repeated": partial(rare.repeat_request, self),
             SECOND: partial(rare.second_agent, self),
@@ -105,6 +112,10 @@ class Nemesis:
     def note(self, kind: str, detail: str) -> None:
         """Count a strike, and write it down."""
         self.world.hits[kind] += 1
+        self.note_only(kind, detail)
+
+    def note_only(self, kind: str, detail: str) -> None:
+        """Write down what is no strike."""
         self.notes.append((asyncio.get_running_loop().time(), f"{kind}: {detail}"))
 
     def heal(self) -> None:
@@ -139,7 +150,7 @@ class Nemesis:
         """A duration: mostly short, sometimes beyond every lease."""
         return self.rng.choice((0.3, 1.5, 4.0, 10.0, 18.0, 25.0, 35.0)) * self.rng.uniform(0.5, 1.5)
 
-    def _outage(self) -> float:
+    def outage(self) -> float:
         """A duration for a cluster out of sight: often beyond L + G."""
         return self.rng.choice(self.world.shape.outages) * self.rng.uniform(0.7, 1.3)
 
@@ -160,14 +171,14 @@ class Nemesis:
         return f"{replica.name} for {gap:.1f} s"
 
     def _kill_agent(self) -> str:
-        cluster, gap = self.rng.choice(self.world.clusters), self._outage()
+        cluster, gap = self.rng.choice(self.world.clusters), self.outage()
         blind(cluster)
         cluster.kill()
         self.later(gap, cluster.start)
         return f"{cluster.name}, back in {gap:.1f} s"
 
     def _freeze_agent(self) -> str:
-        cluster, gap = self.rng.choice(self.world.clusters), self._outage()
+        cluster, gap = self.rng.choice(self.world.clusters), self.outage()
         node = cluster.node
         if node is not None:
             blind(cluster)
@@ -176,7 +187,10 @@ class Nemesis:
         return f"{cluster.name} for {gap:.1f} s"
 
     def _leave_replica(self) -> str:
-        replica, gap = self.rng.choice(self.world.replicas), 12.0 + self.long()
+        return self.leave(self.rng.choice(self.world.replicas), 12.0 + self.long())
+
+    def leave(self, replica: ReplicaProcess, gap: float) -> str:
+        """SIGTERM, and a new process after `gap` seconds."""
         node = replica.node
         replica.leave()
 
@@ -195,7 +209,7 @@ class Nemesis:
         return self._stop_agent(drain=True)
 
     def _stop_agent(self, *, drain: bool) -> str:
-        cluster, gap = self.rng.choice(self.world.clusters), self._outage()
+        cluster, gap = self.rng.choice(self.world.clusters), self.outage()
         node = cluster.node
         blind(cluster)
         cluster.leave(drain=drain)
@@ -235,7 +249,7 @@ class Nemesis:
         return cluster.name
 
     def _freeze_guard(self) -> str:
-        cluster, gap = self.rng.choice(self.world.clusters), self._outage()
+        cluster, gap = self.rng.choice(self.world.clusters), self.outage()
         if cluster.node is None or cluster.node.life is not Life.RUNS:
             gap = min(gap, GUARD_PAUSE)  # nobody is there to see it, see `blind`
         cluster.host.freeze_guard()
@@ -253,7 +267,7 @@ class Nemesis:
         return f"{cluster.name} for {gap:.1f} s"
 
     def _reboot(self) -> str:
-        cluster, gap = self.rng.choice(self.world.clusters), self._outage()
+        cluster, gap = self.rng.choice(self.world.clusters), self.outage()
         cluster.reboot()
         self.later(gap, cluster.start)
         return f"{cluster.name}, up in {gap:.1f} s"
@@ -272,13 +286,13 @@ class Nemesis:
         self.later(gap, mend)
 
     def _part_cluster(self) -> str:
-        cluster, gap = self.rng.choice(self.world.clusters), self._outage()
+        cluster, gap = self.rng.choice(self.world.clusters), self.outage()
         some = self._some_replicas()
         self.cut([pair for name in some for pair in ((cluster.name, name), (name, cluster.name))], gap)
         return f"{cluster.name} from {', '.join(some)} for {gap:.1f} s"
 
     def _cut_cluster(self) -> str:
-        cluster, gap = self.rng.choice(self.world.clusters), self._outage()
+        cluster, gap = self.rng.choice(self.world.clusters), self.outage()
         some, up = self._some_replicas(), self.rng.random() < 0.5
         self.cut([(cluster.name, name) if up else (name, cluster.name) for name in some], gap)
         return f"{cluster.name} {'to' if up else 'from'} {', '.join(some)} for {gap:.1f} s"
@@ -347,7 +361,11 @@ KINDS = (
     "glimpse of a cluster",
     "store sluggish",
     "message repeated",
+    "message reordered",
     "request repeated",
     SECOND,
     "store restored",
+    machines.SUSPENDED,
+    machines.REPLICA_BEHIND,
+    machines.AGENT_BEHIND,
 )

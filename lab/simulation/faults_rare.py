@@ -42,6 +42,18 @@ def repeat_messages(nemesis: Nemesis) -> str:
     return f"{links.repeats:.0%} of relayed messages for {gap:.1f} s"
 
 
+def reorder_messages(nemesis: Nemesis) -> str:
+    """Calls of clients, each on a stream of its own, overtake each other by seconds, and so do their answers (O8)."""
+    links, gap = nemesis.world.ground.links, nemesis.rng.uniform(5.0, 20.0)
+    links.disorder = nemesis.rng.choice((0.2, 0.5))
+
+    def mend() -> None:
+        links.disorder = 0.0
+
+    nemesis.later(gap, mend)
+    return f"{links.disorder:.0%} of calls and answers late for {gap:.1f} s"
+
+
 def repeat_request(nemesis: Nemesis) -> str:
     """A client's creation that was answered comes again, as from a program that started anew (O8)."""
     client = nemesis.world.client

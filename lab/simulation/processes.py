@@ -21,7 +21,6 @@ from cluster_agent.core.capacity import NodeSpec
 from cluster_agent.disk import DiskFailure, MemoryDisk
 from cluster_agent.executors.base import StartRequest
 from cluster_agent.executors.fake import FakeExecutor
-from cluster_agent.executors.fake_host import FakeHost
 from cluster_agent.executors.fake_workload import Script
 from cluster_agent.transport import TransportClosed
 from control_plane.history import MemoryHistory
@@ -33,8 +32,10 @@ from control_plane.snapshots import InPlaceSnapshotter, SnapshotsConfig
 from control_plane.store.keeper import TaskLeaseKeeper
 from control_plane.store.memory import MemoryStore
 from lab.sim_network import NOBODY, AgentEnd, Links, MemoryPeers, Pipe, ReplicaEnd
+from lab.simulation import versions
 from lab.simulation.chance import chance
 from lab.simulation.etcd import SeededStoreFaults, SimEtcd
+from lab.simulation.hosts import SimHost
 from lab.simulation.nodes import Node, SimLoop
 from lab.virtual_time import SeededEntropy, VirtualClock
 
@@ -44,6 +45,10 @@ if TYPE_CHECKING:
 
 RESTART = 1.0
 """Seconds until an agent that could not start is started again."""
+
+
+REFUSED_PAUSE = 4.0
+"""Seconds until a replica that may not take part is tried again."""
 
 
 @dataclass(slots=True)
@@ -83,6 +88,8 @@ class ReplicaProcess:
         self.clock = drift.clock()
         self.faults = SeededStoreFaults(chance(ground.seed, name, "store"), ground.hits)
         self.lives = 0
+        self.older = False
+        """The next life is one version behind (J11)."""
         self.node: Node | None = None
         self.replica: Replica | None = None
         self._leaving: Node | None = None
@@ -142,6 +149,8 @@ class ReplicaProcess:
         replica = Replica(Identity(self.name, self.name), parts)
         try:
             await replica.start()
+            if self.older:
+                versions.make_older(replica)
             edge = Edge(replica.services.methods, replica.forwarder, clock, entropy, _nobody_asks)
             edge.serve_peers(replica.calls)
             self.replica, self._edge = replica, edge
@@ -149,9 +158,17 @@ class ReplicaProcess:
             if self._leaving is not node:
                 raise RuntimeError("the replica ended")
         except Exception as error:
-            if self.node is node and not ground.loop.buried:
+            if self.older and self.node is node and versions.is_refusal(error):
+                self._refused()
+            elif self.node is node and not ground.loop.buried:
                 ground.died.append(f"{self.name}: {error!r}")
                 raise
+
+    def _refused(self) -> None:
+        """An older program may not take part any more (J11); whoever supervises it tries again, or upgrades it."""
+        self.kill()
+        self._ground.hits["older replica refused"] += 1
+        self._ground.loop.call_later(REFUSED_PAUSE, self.start, context=NOBODY)
 
     def accept(self, pipe: Pipe) -> None:
         """An agent dials. Raises TransportClosed."""
@@ -186,7 +203,7 @@ class ReplicaProcess:
                 end = error
             links.deliver(self.name, "client", partial(arrived.put_nowait, end))
 
-        links.deliver("client", self.name, lambda: node.spawn(serve()))
+        links.deliver_alone("client", self.name, lambda: node.spawn(serve()))
         async with asyncio.timeout(timeout):
             while (payload := await arrived.get()) is not None:
                 if isinstance(payload, Exception):
@@ -205,12 +222,12 @@ class ReplicaProcess:
             asked = Asked(handler.name, "client", self.clock.boot() + timeout, self.clock)
             try:
                 async for payload in edge.answers(handler, request.SerializeToString(), asked):
-                    links.deliver(self.name, "client", partial(_answer, answer, payload))
+                    links.deliver_alone(self.name, "client", partial(_answer, answer, payload))
                     return
             except Exception as error:  # noqa: BLE001 - travels to the caller
-                links.deliver(self.name, "client", partial(_answer, answer, error))
+                links.deliver_alone(self.name, "client", partial(_answer, answer, error))
 
-        links.deliver("client", self.name, lambda: node.spawn(serve()))
+        links.deliver_alone("client", self.name, lambda: node.spawn(serve()))
         async with asyncio.timeout(timeout):
             return await answer
 
@@ -258,22 +275,6 @@ class SimTransport:
         """Nothing is held."""
 
 
-class SimHost(FakeHost):
-    """A FakeHost whose timers are the host's own, whoever asks it something."""
-
-    def __init__(self, node: Node, clock: VirtualClock, anything: Callable[[StartRequest], Script]) -> None:
-        super().__init__(clock, true_time=lambda: asyncio.get_event_loop().time(), anything=anything)
-        self._node = node
-
-    def _arm(self) -> None:
-        self._node.run(super()._arm)
-
-    @property
-    def frozen(self) -> bool:
-        """The guard does not run."""
-        return self._frozen
-
-
 class ClusterProcess:
     """One cluster: a host with guard and workloads, and its agent in all its lives."""
 
@@ -301,6 +302,8 @@ class ClusterProcess:
         self.host = SimHost(Node(f"{name}-host", ground.loop), self.clock, program or script_of)
         self.disk = MemoryDisk()
         self.lives = self.boots = 0
+        self.older = False
+        """The next agent is one version behind (J11)."""
         self.node: Node | None = None
         self.agent: Agent | None = None
         self._executor: FakeExecutor | None = None
@@ -312,7 +315,7 @@ class ClusterProcess:
 
     def start(self) -> None:
         """A new agent."""
-        if self.node is not None:
+        if self.node is not None or self.host.suspended:
             return
         self.lives += 1
         self.node = self._ground.links.nodes[self.name] = Node(self.name, self._ground.loop)
@@ -337,6 +340,7 @@ class ClusterProcess:
     def reboot(self) -> None:
         """Power off: agent, guard and work are dead, the tail of the disk that was not synced is lost. `start` is the boot."""
         self.kill()
+        self.host.resume()
         self.host.thaw_guard()
         self.host.reboot()
         self.disk.crash(self.rng.choice((0.0, 0.5, 1.0)))
@@ -354,7 +358,7 @@ class ClusterProcess:
             lease=self._lease,
             labels=self._labels,
         )
-        agent = self.agent = Agent(
+        agent = self.agent = (versions.OlderAgent if self.older else Agent)(
             config,
             self.clock,
             SeededEntropy(f"{self._ground.seed}/{self.name}/{self.lives}"),

@@ -34,7 +34,7 @@ def read_journal(record: Sequence[Revision]) -> list[Written]:
             stored: Stored | None = readers.setdefault(shard, BatchReader()).take(change.kv.value)
             if stored is not None:
                 found.extend(
-                    Written(revision.at, revision.number, shard, stamp, event, revision.writer)
+                    Written(revision.at, revision.number, shard, stamp, event, revision.writer, stored.feature_level)
                     for event, stamp in stored.stamped()
                 )
     return found

@@ -111,7 +111,7 @@ CONDITION = Removal(
         pace=25.0,
         load=Load(stubborn=1.0, kept=0.0, lifetime=(60.0, 90.0), marathons=2, crowds=0),
     ),
-    seed=110,
+    seed=112,
 )
 
 # -- S5: generations -----------------------------------------------------------------------------------------------------
@@ -219,6 +219,7 @@ FENCE = Removal(
     "a report is settled by the attempt's number, whichever placement it is of",
     (Swap(ShardState, "find", _find_by_number),),
     replace(SMALL, runs=20, faults=("store restored", "partition of a cluster"), pace=5.0),
+    seed=34,
 )
 
 # -- F5: guard time ------------------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ GUARD_TIME = Removal(
         rates=(RHO,),
         load=Load(stubborn=1.0, kept=0.0, lifetime=(60.0, 90.0), marathons=2, crowds=0),
     ),
-    seed=42,
+    seed=100,
 )
 
 REMOVALS = (ACKNOWLEDGEMENT, CONDITION, GENERATIONS, ADOPTION, LIVE_SET, FENCE, GUARD_TIME)

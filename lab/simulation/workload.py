@@ -132,7 +132,7 @@ class Client:
     def __init__(self, rng: random.Random, seed: str, replicas: Sequence[ReplicaProcess]) -> None:
         self._rng, self._replicas = rng, replicas
         self._clock = VirtualClock()
-        self._entropy = SeededEntropy(f"{seed}/client")
+        self.entropy = SeededEntropy(f"{seed}/client")
         self.watchers = Watchers(chance(seed, "watchers"), replicas)
         self.said: list[Said] = []
         self.final: set[str] = set()
@@ -149,7 +149,7 @@ class Client:
         await asyncio.sleep(wish.at)
         deadline = self._clock.wall() + wish.lifetime
         request = run_pb2.CreateRunRequest(
-            request_id=requestid.new(self._clock, self._entropy),
+            request_id=requestid.new(self._clock, self.entropy),
             run_id=wish.run_id if wish.named else "",
             spec=wish.spec,
         )
@@ -168,7 +168,7 @@ class Client:
         if wish.cancel_after is not None:
             await asyncio.sleep(wish.cancel_after)
             cancel = run_pb2.CancelRunRequest(
-                name=run.name, request_id=requestid.new(self._clock, self._entropy), reason="changed my mind"
+                name=run.name, request_id=requestid.new(self._clock, self.entropy), reason="changed my mind"
             )
             await self._insist("CancelRun", wish.run_id, cancel)
         await polling
@@ -181,7 +181,7 @@ class Client:
 
     def request_id(self) -> str:
         """A new one."""
-        return requestid.new(self._clock, self._entropy)
+        return requestid.new(self._clock, self.entropy)
 
     async def repeat(self, run_id: str) -> None:
         """Ask for a creation again that was answered: it must be the same run, or EXPIRED (O8)."""

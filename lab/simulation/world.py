@@ -18,12 +18,14 @@ from baton.leases import PROFILES
 from control_plane.history import MemoryHistory
 from lab.checking.history import Ran, Record
 from lab.sim_network import Links
+from lab.simulation import faults_machines as machines
 from lab.simulation.chance import chance
 from lab.simulation.etcd import Revision, SimEtcd
 from lab.simulation.faults import KINDS, OUTAGES, PACE, SECOND, Nemesis
 from lab.simulation.nodes import Node, SimLoop
 from lab.simulation.processes import ClusterProcess, Drift, Ground, ReplicaProcess
 from lab.simulation.record import digest, read_journal, read_owners
+from lab.simulation.versions import read_levels
 from lab.simulation.workload import Client, Load, wishes
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ RHO = 0.08
 SKEW = 0.5
 """Largest wall-clock error of a replica, seconds: what NTP keeps."""
 
-QUIET = 35.0
+QUIET = 30.0
 """Seconds after healing (or the last deadline) until everything must be clean: leases, stops, sessions."""
 
 REST = 12.0
@@ -132,6 +134,8 @@ class World:
     async def run(self) -> Record:
         """Live."""
         shape, loop = self.shape, self.loop
+        if machines.REPLICA_BEHIND in shape.faults and self.nemesis.rng.random() < machines.MIXED:
+            machines.age(self, self.nemesis)
         together = self.rng.choice((0.2, 0.2, 2.0))  # apart, each new replica moves a share of the shards
         for start in [process.start for process in self.replicas]:
             loop.call_later(self.rng.uniform(0.0, together), start)
@@ -193,6 +197,7 @@ class World:
             digest=digest(revisions, ran, self.client.said, self.client.watchers.watched),
             owners=sorted([*read_owners(revisions), *self.nemesis.owners], key=lambda owned: owned.at),
             restored=self.nemesis.restored,
+            levels=read_levels(revisions),
             capacity={cluster.name: self.shape.cpus for cluster in self._hosts},
             watched=self.client.watchers.watched,
             patience=self.shape.patience,

@@ -12,13 +12,18 @@ import re
 import subprocess
 import sys
 
+from lab.simulation.faults import KINDS
 from lab.simulation.nodes import Life, Node, SimLoop
+from lab.simulation.world import Shape, World
 
 FIXED = (1, 4)
 """Seeds that every run tries: the base and how many."""
 
 FRESH = 1
-"""New seeds of each run; they are printed, and a failing one can be replayed."""
+"""New seeds of each run and mode; they are printed, and a failing one can be replayed."""
+
+SKEW = "a replica one version behind,an agent one version behind,host suspended,message reordered"
+"""Classes of faults whose traces are looked for."""
 
 
 def sim(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -42,8 +47,31 @@ def test_fresh_seeds_keep_every_promise() -> None:
 
 def test_runs_move_on_once_all_is_healed() -> None:
     """Liveness mode (I15): faults stop, and no deadline ends what would be stuck."""
-    done = sim("--liveness", "--seeds", "2", "--seed-base", "7")
+    done = sim("--liveness", "--seeds", "1", "--seed-base", "7")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_fresh_seeds_move_on_once_all_is_healed() -> None:
+    base = random.SystemRandom().randrange(10**9)
+    print(f"fresh seeds: scripts/sim --liveness --seeds {FRESH} --seed-base {base}")
+    done = sim("--liveness", "--seeds", str(FRESH), "--seed-base", str(base))
+    assert done.returncode == 0, f"fresh liveness seeds from {base}\n{done.stdout}{done.stderr}"
+
+
+def test_what_a_class_of_faults_did_is_counted() -> None:
+    done = sim("--seeds", "4", "--seed-base", "20", "--faults", SKEW)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for kind in (*SKEW.split(","), "message overtook another", "older replica refused"):
+        count = re.search(rf"^{kind} +(\d+)$", done.stdout, re.MULTILINE)
+        assert count is not None, done.stdout
+        assert int(count[1]) > 0, f"{kind}\n{done.stdout}"
+
+
+def test_every_class_of_faults_has_its_strike() -> None:
+    async def story(loop: SimLoop) -> set[str]:
+        return set(World(1, Shape(), loop).nemesis.strikes)
+
+    assert on_loop(story) == set(KINDS)
 
 
 def test_one_seed_is_one_run() -> None:
@@ -62,6 +90,28 @@ def on_loop(story: object) -> object:
     finally:
         loop.bury()
         loop.close()
+
+
+def test_a_suspended_node_is_late_by_the_time_asleep() -> None:
+    async def story(loop: SimLoop) -> list[str]:
+        heard: list[str] = []
+
+        async def live(name: str, seconds: float) -> None:
+            await asyncio.sleep(seconds)
+            heard.append(f"{name}@{loop.time():.0f}")
+
+        asleep, awake = Node("asleep", loop), Node("awake", loop)
+        asleep.spawn(live("due while asleep", 3.0))
+        asleep.spawn(live("due later", 20.0))
+        awake.spawn(live("another's", 20.0))
+        await asyncio.sleep(1.0)
+        asleep.suspend()
+        await asyncio.sleep(10.0)
+        asleep.thaw()
+        await asyncio.sleep(30.0)
+        return list(heard)
+
+    assert on_loop(story) == ["due while asleep@13", "another's@20", "due later@30"]
 
 
 def test_a_frozen_node_goes_on_where_it_was_and_a_dead_one_never() -> None:
