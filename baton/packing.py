@@ -42,7 +42,12 @@ def pack(folder: Path, files: Sequence[str] = ()) -> PackedCode:
     """The python files below `folder` and `files` (names or patterns in it). Raises InvalidField naming the limit."""
     chosen = {path.relative_to(folder).as_posix(): path for path in _sources(folder)}
     for pattern in files:
-        found = [path for path in folder.glob(pattern) if path.is_file()]
+        try:
+            found = [path for path in folder.glob(pattern) if path.is_file()]
+        except (NotImplementedError, ValueError) as error:  # an absolute path, an empty one
+            raise InvalidField(f"files: {pattern!r} is no pattern below {folder}: {error}") from None
+        if ".." in Path(pattern).parts:
+            raise InvalidField(f"files: {pattern!r} leaves {folder}: only what is below the script's folder travels")
         if not found:
             raise InvalidField(f"files: {pattern!r} names no file in {folder}")
         chosen.update((path.relative_to(folder).as_posix(), path) for path in found)

@@ -150,6 +150,8 @@ class Graph:
         `pack=False` sends no code: the functions are installed on the clusters."""
         self.name = name
         self.nodes: list[Node] = []
+        if isinstance(files, str):
+            raise TypeError(f"files: write a list, [{files!r}]")
         self._pack, self._files = pack, tuple(files)
         self._ids: set[str] = set()
         self._folders: set[Path] = set()
@@ -178,15 +180,16 @@ class Graph:
         """A node that calls a task's function. Raises TypeError for arguments that are no JSON."""
         parents: dict[str, None] = dict.fromkeys(handle.id for handle in after)
         where = f"{what.__name__}()"
-        value: dict[str, Any] = {name: self._encode(each, parents, f"{where} {name}") for name, each in named.items()}
-        if pythontask.ARGS_KEY in value:
+        if pythontask.ARGS_KEY in named:
             raise TypeError(f"{where}: {pythontask.ARGS_KEY} is no name for an argument")
-        value[pythontask.ARGS_KEY] = [
-            self._encode(each, parents, f"{where} argument {n}") for n, each in enumerate(args)
-        ]
         try:
+            value: dict[str, Any] = {n: self._encode(each, parents, f"{where} {n}") for n, each in named.items()}
+            value[pythontask.ARGS_KEY] = [
+                self._encode(each, parents, f"{where} argument {n}") for n, each in enumerate(args)
+            ]
             text = json.dumps(value, allow_nan=False, ensure_ascii=False)
-        except (ValueError, RecursionError) as error:
+            text.encode()
+        except (ValueError, RecursionError) as error:  # a text with half a surrogate pair is a ValueError
             raise TypeError(f"{where}: the arguments are no JSON: {error}") from None
         return self._add(
             Node(task_id or self.fresh(_slug(what.__name__)), tuple(parents), what.options, self._named(what), text)
@@ -315,6 +318,13 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-_")[:50] or "task"
 
 
+_LISTS = frozenset({"requirements", "clusters", "tolerations"})
+"""The options that are lists of texts."""
+
+
 def _frozen(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with their lists as tuples."""
+    """Options with their lists as tuples. Raises TypeError for one text where a list is meant: its letters would be taken."""
+    for name in _LISTS & options.keys():
+        if isinstance(options[name], str):
+            raise TypeError(f"{name}: write a list, [{options[name]!r}]")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
