@@ -98,18 +98,16 @@ class GrpcCarrier:
         header = artifact_pb2.PutArtifactHeader(
             namespace=maker.namespace, attempt=_attempt(inner(maker.key)), name=name, cluster_uid=maker.cluster_uid
         )
-        moved = False
         try:
             await _step(call.write(put_header(header)), STEP_SECONDS)
             chunks = read_chunks(file)
             while (chunk := await asyncio.to_thread(_next, chunks)) is not None:
                 await _step(call.write(put_chunk(chunk)), STEP_SECONDS)
-                moved = chunk.index > 0
             await _step(call.done_writing(), STEP_SECONDS)
             answer = await _step(call, ANSWER_SECONDS)
         except (grpc.RpcError, asyncio.InvalidStateError, asyncio.CancelledError, TimeoutError) as error:
+            # Never `moved`: what was written may lie in a buffer on the way, and a put begins anew in any case.
             failure = await self._failure(call, error)
-            failure.moved = moved
             await self._leave(channel, failure)
             raise failure from error
         finally:

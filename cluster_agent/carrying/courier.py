@@ -1,7 +1,7 @@
 """Transfers that do not give up at once: tried again with growing pauses while the store is down, for a bounded time.
 
 Theory: an outage of the store must cost neither the work that is done (its results wait here) nor hold a place for ever. PATIENCE
-counts from the last content that came through. What no patience mends is told at once: content that is not there, an agent that is
+counts from the first failure since content came through; an upload begins anew with every try, so none of it counts. What no patience mends is told at once: content that is not there, an agent that is
 refused, damage that comes again. The words say whose fault it is; none of these is the application's.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 from collections.abc import Awaitable, Callable
 from typing import BinaryIO, TypeVar
 
@@ -29,8 +30,10 @@ from cluster_agent.carrying.port import (
 from cluster_agent.carrying.tally import Tally
 from cluster_agent.core.model import ArtifactRef
 
+log = logging.getLogger(__name__)
+
 PATIENCE = 60.0
-"""Seconds without progress until a transfer is given up. Smaller than an etcd failover or the restart of a replica, and every such
+"""Seconds of failures without progress until a transfer is given up. Smaller than an etcd failover or the restart of a replica, and every such
 event would cost finished work; larger holds places on a cluster while others wait for work."""
 
 FIRST_PAUSE, MAX_PAUSE = 0.2, 5.0
@@ -51,6 +54,10 @@ class Undeliverable(Exception):
     def __init__(self, message: str, *, setup: bool = False) -> None:
         super().__init__(message)
         self.setup = setup
+
+
+class Missing(Undeliverable):
+    """The store does not have the content, or has it damaged: no patience and no operator brings it back."""
 
 
 class DiskFull(Undeliverable):
@@ -90,7 +97,7 @@ class Courier:
     async def _persist(self, room: asyncio.Semaphore, move: Callable[[], Awaitable[T]], failed: str) -> T:
         """One transfer with all its tries. Between them its place is others': an outage must not be waited for by turns."""
         pause, damaged = FIRST_PAUSE, 0
-        until = self._clock.boot() + self._patience
+        until: float | None = None
         while True:
             try:
                 async with room:
@@ -99,16 +106,19 @@ class Courier:
                 raise
             except NotConfigured as error:
                 raise Undeliverable(f"{failed}: {error}", setup=True) from error
-            except (CarrierRefused, CarrierLacks) as error:
+            except CarrierLacks as error:
+                raise Missing(f"{failed}: {error}") from error
+            except CarrierRefused as error:
                 raise Undeliverable(f"{failed}: {error}") from error
             except CarrierCorrupt as error:
                 damaged = 1 if error.moved else damaged + 1
                 if damaged >= MAX_DAMAGED:
                     words = f"{failed}: {error}, {damaged} times: the artifact store's content is damaged"
-                    raise Undeliverable(words) from error
+                    raise Missing(words) from error
                 until, pause = self._after(error, until, pause)
             except (CarrierDown, CarrierFull) as error:
                 until, pause = self._after(error, until, pause)
+                log.warning("a transfer failed", extra={"what": failed, "error": str(error), "moved": error.moved})
                 if self._clock.boot() + pause > until:
                     raise Undeliverable(_given_up(failed, error, self._patience)) from error
             except CarrierError as error:
@@ -116,9 +126,11 @@ class Courier:
             await self._clock.sleep(pause)
             pause = min(2 * pause, MAX_PAUSE)
 
-    def _after(self, error: CarrierError, until: float, pause: float) -> tuple[float, float]:
+    def _after(self, error: CarrierError, until: float | None, pause: float) -> tuple[float, float]:
         """Until when, and how long before the next try: anew after progress."""
-        return (self._clock.boot() + self._patience, FIRST_PAUSE) if error.moved else (until, pause)
+        if until is None or error.moved:
+            return self._clock.boot() + self._patience, FIRST_PAUSE
+        return until, pause
 
 
 def _given_up(failed: str, error: CarrierError, patience: float) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import random
+import shutil
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -101,6 +102,18 @@ async def test_after_a_replica_that_is_gone_the_next_one_is_asked(tmp_path: Path
             tally = Tally()
             ref = await Courier(carrier, SystemClock(), tally).store(MAKER, "model", io.BytesIO(b"x"))
             assert (ref.size, tally.bytes_up) == (1, 1)
+
+
+@pytest.mark.parametrize("chunks", [1, 5])
+async def test_a_store_that_is_away_is_given_up_however_large_the_artifact(tmp_path: Path, chunks: int) -> None:
+    """That a chunk was written says nothing: it may lie in a buffer. Counted as progress, it would renew patience with every try."""
+    async with federation(tmp_path) as made, carrier_to(address(made.nodes[0])) as carrier:
+        shutil.rmtree(tmp_path / "objects")
+        (tmp_path / "objects").touch()
+        courier = Courier(carrier, SystemClock(), Tally(), patience=1.0)
+        async with asyncio.timeout(60):
+            with pytest.raises(Undeliverable, match="artifact model could not be stored: artifact store unreachable for 1 s"):
+                await courier.store(MAKER, "model", io.BytesIO(content(chunks * CHUNK_BYTES)))
 
 
 async def test_a_channel_that_is_given_up_ends_no_other_transfer_for_good(tmp_path: Path) -> None:
