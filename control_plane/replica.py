@@ -295,12 +295,11 @@ class Replica:
 
     def _make_sweeper(self) -> Sweeper | None:
         """The sweeper of artifacts, where there are any: one replica's work, that of fleet's owner."""
-        objects, clock = self.parts.objects, self.parts.clock
+        objects, clock, view = self.parts.objects, self.parts.clock, self.view
         if objects is None:
             return None
-        return Sweeper(
-            objects, clock, self.services.artifacts.known, lambda: FLEET in self.controller.owned(), self.traffic
-        )
+        mine, heard = lambda: FLEET in self.controller.owned(), lambda: (view.incarnation, view.restore_suspected)
+        return Sweeper(objects, clock, self.services.artifacts.known, mine, heard, self.traffic)
 
     def _nudge_ownership(self, topic: str) -> None:
         """The view heard of members, owners or an incarnation: what the ring says may be another thing now."""

@@ -3,7 +3,8 @@
 Theory. An object is written beside its place, synced, then linked or renamed into it, so a reader finds all of it or nothing,
 also after a power cut. Files that were never moved into place carry a name no key can have (it begins with a dot) and are
 removed once they are old. All calls block, so they run in threads of their own: a slow disk must not take the threads that
-others wait for. A call that is given up goes on in its thread, like a request to a remote store.
+others wait for. A call that is given up goes on in its thread, like a request to a remote store; on a file system that hangs
+every thread is soon taken so, and further calls wait for one outside the pool, whose queue nothing would bound.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -53,6 +55,7 @@ class DirectoryStore:
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         (self._root / DRAFTS).mkdir(mode=0o700, exist_ok=True)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="artifacts")
+        self._free = asyncio.Semaphore(THREADS)
         self._remove_old_drafts()
 
     @property
@@ -92,11 +95,28 @@ class DirectoryStore:
         """`work` in a thread. Raises ObjectStoreError."""
         try:
             async with asyncio.timeout(timeout):
-                return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+                await self._free.acquire()
+                return await asyncio.wrap_future(self._begin(work))
         except TimeoutError:
             raise ObjectStoreDown(f"{self.name} did not answer within {timeout:g} s") from None
         except OSError as error:
             raise self._failure(error) from error
+
+    def _begin(self, work: Callable[[], T]) -> Future[T]:
+        """Start in a thread that is free; it is free again when `work` ends, however long nobody has waited for it by then."""
+        loop = asyncio.get_running_loop()
+
+        def ended(_: Future[T]) -> None:
+            with suppress(RuntimeError):  # the loop ended before a call that hung: nobody waits any more
+                loop.call_soon_threadsafe(self._free.release)
+
+        try:
+            begun = self._threads.submit(work)
+        except RuntimeError:  # closed
+            self._free.release()
+            raise
+        begun.add_done_callback(ended)
+        return begun
 
     def _failure(self, error: OSError) -> ObjectStoreError:
         if error.errno in _FULL:

@@ -10,7 +10,7 @@ the attempt's fence (PROTOCOL F1), so no attempt writes over another's.
 
 A chunk is stored as it came (a byte for its packing, then its data) after it was proved against its hash. Readers prove it
 again; here is only seen to it that the manifest is the one the digest names. Memory: IN_FLIGHT chunks a transfer, TRANSFERS
-transfers, whatever their size.
+transfers, whatever their size. Whoever stops, uploader or reader, loses the transfer's place after STALL_SECONDS.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import asyncio
 import hashlib
 import logging
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 from baton.artifacts import (
@@ -72,7 +72,9 @@ STORE_SECONDS = 20.0
 """For one object. Too small: a slow store is taken for a dead one; too large: callers wait long to hear of a dead one."""
 
 STALL_SECONDS = 60.0
-"""Without a chunk from an uploader it is taken for dead: its place is others'."""
+"""Without a chunk from an uploader, or with one that its reader does not take, the other side is taken for dead: its place is
+others'. A chunk is at most 1 MiB, so a line of 20 kB/s is quick enough. Too small: slow lines never get through, though each try
+goes on where the last ended; too large: TRANSFERS stopped readers keep everybody else away for so long."""
 
 TRIES = 3
 """For one object, and for one that is not what it should be."""
@@ -91,6 +93,20 @@ FRESH_CODES = 10_000
 """Codes remembered as stamped lately, about 1 MB."""
 
 T = TypeVar("T")
+
+
+class _Place:
+    """One of the places for transfers, held until it is given back."""
+
+    def __init__(self, places: asyncio.Semaphore) -> None:
+        self._places = places
+        self.held = True
+
+    def give_back(self) -> None:
+        """Once; again is nothing."""
+        if self.held:
+            self.held = False
+            self._places.release()
 
 
 class Gateway:
@@ -188,8 +204,9 @@ class Gateway:
         raise Internal(f"artifact {name} is damaged in {self._store.name}: {damage}", applied=NOT_APPLIED)
 
     async def chunks(self, folder: str, name: str, manifest: Manifest, first: int = 0) -> AsyncGenerator[Chunk, None]:
-        """The chunks from `first` on, in order, as they are stored: whoever reads proves them."""
-        async with self._transfer(traffic.DOWN):
+        """The chunks from `first` on, in order, as they are stored: whoever reads proves them. Raises TimedOut when a reader comes
+        back that took nothing for STALL_SECONDS; its place was others' from then on."""
+        async with self._transfer(traffic.DOWN) as place:
             base = f"{folder}{name}/"
             pending: deque[asyncio.Task[Chunk]] = deque()
             index = first
@@ -199,9 +216,30 @@ class Gateway:
                         fetch = self._chunk(base, name, index, manifest.sha256(index))
                         pending.append(asyncio.get_running_loop().create_task(fetch))
                         index += 1
-                    yield await pending.popleft()
+                    chunk = await pending.popleft()
+                    with self._reading(place, pending):
+                        yield chunk
             finally:
                 await _drop(pending)
+
+    @contextmanager
+    def _reading(self, place: _Place, pending: deque[asyncio.Task[Chunk]]) -> Iterator[None]:
+        """While a reader has a chunk and does not ask for the next. A timer, for a generator that nobody asks cannot look at a
+        clock; the error waits for the reader, which takes nothing else either. Raises TimedOut."""
+
+        def stalled() -> None:
+            self.traffic.failed(traffic.STALLED)
+            for fetch in pending:
+                fetch.cancel()
+            place.give_back()
+
+        alarm = self._clock.later(STALL_SECONDS, stalled)
+        try:
+            yield
+        finally:
+            alarm.cancel()
+        if not place.held:
+            raise TimedOut(f"nothing was read for {STALL_SECONDS:g} s; what is missing can be asked for again")
 
     async def _chunk(self, base: str, name: str, index: int, sha256: bytes) -> Chunk:
         data = await self._ask(lambda: self._store.get(base + _object(index, sha256), timeout=STORE_SECONDS))
@@ -272,7 +310,7 @@ class Gateway:
         raise AssertionError("the last try raises")
 
     @asynccontextmanager
-    async def _transfer(self, way: str) -> AsyncGenerator[None, None]:
+    async def _transfer(self, way: str) -> AsyncGenerator[_Place, None]:
         """A place among the transfers under way."""
         try:
             async with asyncio.timeout(QUEUE_SECONDS):
@@ -282,11 +320,12 @@ class Gateway:
             raise StoreUnavailable(
                 f"{TRANSFERS} transfers are under way on this replica", retry_after=DOWN_AGAIN
             ) from None
+        place = _Place(self._transfers)
         try:
             with self.traffic.timed(way, self._clock):
-                yield
+                yield place
         finally:
-            self._transfers.release()
+            place.give_back()
 
     def _failure(self, error: ObjectStoreError) -> BatonError:
         """What callers are told of the store's failure; counted."""

@@ -7,6 +7,10 @@ answer, everything stays until the next round. The manifest goes first, so that 
 What has no name that we would give is somebody else's and is not looked into: an operator may have pointed us at a folder or a bucket
 that holds more (at least a `lost+found`).
 
+A restored store has forgotten runs whose content is still here, and the operator may yet choose a newer backup that knows them.
+So nothing is deleted while a restore is suspected, nor for an hour after the incarnation changed (PROTOCOL J12); both are looked
+at again before each request that deletes.
+
 One replica sweeps, the owner of the fleet's shard; two that both think so do the same work, which does no harm.
 """
 
@@ -17,7 +21,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from baton.clock import Clock
-from baton.errors import BatonError
+from baton.errors import BatonError, WrongState
 from baton.names import id_problem
 from control_plane.artifacts.base import ObjectInfo, ObjectStore, ObjectStoreError
 from control_plane.artifacts.gateway import CODE, MANIFEST, USED
@@ -30,6 +34,10 @@ INTERVAL = 600.0
 
 GRACE = 3600.0
 """Seconds that a folder without a run stays: far above the time-out of an upload, for store clocks that are wrong as well."""
+
+RESTORE_GRACE = 3600.0
+"""Seconds without a sweep after the incarnation changed, or this replica first heard of one: time for an operator to see that he
+confirmed the wrong backup. Too small: what the right one knows is deleted; too large: garbage stays after every restart."""
 
 CODE_SECONDS = 30 * 24 * 3600.0
 """Without use: as long as finished runs are kept."""
@@ -51,22 +59,35 @@ that nobody knows."""
 Known = Callable[[Sequence[str], float], Awaitable[set[str]]]
 """Which of these uids are runs, live or finished; raises BatonError when somebody does not say. Within seconds."""
 
+Heard = Callable[[], tuple[int, str]]
+"""What this replica has heard of restores: the incarnation, and why one is suspected, empty if none is."""
+
 
 class Sweeper:
     """One replica's loop."""
 
     def __init__(
-        self, store: ObjectStore, clock: Clock, known: Known, mine: Callable[[], bool], counts: Traffic | None = None
+        self,
+        store: ObjectStore,
+        clock: Clock,
+        known: Known,
+        mine: Callable[[], bool],
+        heard: Heard,
+        counts: Traffic | None = None,
     ) -> None:
         """`mine`: whether this replica is the one that sweeps."""
-        self._store, self._clock, self._known, self._mine = store, clock, known, mine
+        self._store, self._clock, self._known, self._mine, self._heard = store, clock, known, mine, heard
         self._counts = counts or Traffic()
+        self._incarnation, self._since = -1, 0.0
+        """The incarnation at the last look, and the boot clock when it was first seen."""
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
+            self._look()
             await self._clock.sleep(INTERVAL)
-            if not self._mine():
+            self._look()
+            if not self._mine() or self._clock.boot() - self._since < RESTORE_GRACE:
                 continue
             try:
                 removed = await self.sweep()
@@ -79,6 +100,8 @@ class Sweeper:
 
     async def sweep(self) -> int:
         """One round; how many folders were removed. Raises ObjectStoreError, BatonError: then the rest stays."""
+        self._look()
+        self._check_restore()
         removed = 0
         for namespace in await self._store.folders("", timeout=STORE_SECONDS):
             if id_problem(namespace):
@@ -90,6 +113,19 @@ class Sweeper:
             if CODE in runs:
                 removed += await self._sweep_codes(f"{namespace}/{CODE}/")
         return removed
+
+    def _look(self) -> None:
+        incarnation, _ = self._heard()
+        if incarnation != self._incarnation:
+            self._incarnation, self._since = incarnation, self._clock.boot()
+
+    def _check_restore(self) -> None:
+        """Raises WrongState if a restore is suspected, or was confirmed since the last look."""
+        incarnation, suspicion = self._heard()
+        if suspicion:
+            raise WrongState(f"nothing is swept while a restore is suspected: {suspicion}")
+        if incarnation != self._incarnation:
+            raise WrongState(f"nothing is swept so soon after a restore: the incarnation is now {incarnation}")
 
     async def _sweep_runs(self, namespace: str, uids: Sequence[str]) -> int:
         known = await self._known(uids, KNOWN_SECONDS)
@@ -128,6 +164,7 @@ class Sweeper:
             keys = [info.key async for info in self._all(folder) if not manifests or info.key.endswith(f"/{MANIFEST}")]
             for start in range(0, len(keys), DELETE):
                 part = keys[start : start + DELETE]
+                self._check_restore()
                 await self._store.delete(part, timeout=STORE_SECONDS)
                 self._counts.swept += len(part)
 

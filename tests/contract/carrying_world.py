@@ -21,6 +21,7 @@ from cluster_agent.core.model import ArtifactRef, ArtifactSource
 from cluster_agent.core.model import AttemptKey as CoreKey
 from cluster_agent.executors.base import AttemptKey, StartRequest
 from cluster_agent.executors.carrying import Carrying
+from cluster_agent.executors.process import ProcessExecutor
 from tests.contract.executor_worlds import ProcessWorld
 
 RUN = "namespaces/default/runs/story"
@@ -124,6 +125,32 @@ class _Download:
         self._into.write(content)
 
 
+@dataclass(slots=True)
+class Passage:
+    """The way of a start to the guard. Unset events hold it up: before it leaves, or after it has arrived."""
+
+    leaves: asyncio.Event = field(default_factory=asyncio.Event)
+    returns: asyncio.Event = field(default_factory=asyncio.Event)
+    unclear: int = 0
+    """So many calls fail although the guard has the start."""
+    asked: list[AttemptKey] = field(default_factory=list)
+
+
+class UnclearExecutor(ProcessExecutor):
+    """The guard's adapter, on a way that can be slow or torn."""
+
+    passage: Passage
+
+    async def start(self, requests: Sequence[StartRequest]) -> None:
+        self.passage.asked.extend(request.key for request in requests)
+        await self.passage.leaves.wait()
+        await super().start(requests)
+        await self.passage.returns.wait()
+        if self.passage.unclear:
+            self.passage.unclear -= 1
+            raise ConnectionError("the connection ended while the guard read")
+
+
 class CarryingWorld(ProcessWorld):
     """A guard, and agents whose files travel."""
 
@@ -131,6 +158,9 @@ class CarryingWorld(ProcessWorld):
         super().__init__(directory, flags)
         self.store = MemoryStore()
         self.store.open.set()
+        self.passage = Passage()
+        self.passage.leaves.set()
+        self.passage.returns.set()
         self._own, self._room = directory / "carried", room
 
     def executor(self) -> Carrying:  # type: ignore[override]
@@ -140,6 +170,11 @@ class CarryingWorld(ProcessWorld):
         courier = Courier(MemoryCarrier(self.store), clock, tally, patience=PATIENCE)
         fetcher = Fetcher(shelf, Cache(shelf.cache, courier, tally, self._room), courier)
         return Carrying(inner, shelf, fetcher, courier, clock, tally, cluster_uid=lambda: CLUSTER)
+
+    def adapter(self, guard_argv: Sequence[str]) -> ProcessExecutor:
+        made = UnclearExecutor(self.directory, self.clock, guard_argv=guard_argv)
+        made.passage = self.passage
+        return made
 
     def shell(self, key: AttemptKey, script: str, **more: object) -> StartRequest:
         """A start of a shell."""

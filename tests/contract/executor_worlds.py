@@ -82,9 +82,13 @@ class ProcessWorld:
 
     def executor(self) -> ProcessExecutor:
         argv = [sys.executable, "-S", "-m", "cluster_agent.guard", *self._flags]
-        made = ProcessExecutor(self.directory, self.clock, guard_argv=argv)
+        made = self.adapter(argv)
         self._made.append(made)
         return made
+
+    def adapter(self, guard_argv: Sequence[str]) -> ProcessExecutor:
+        """One end, not connected yet."""
+        return ProcessExecutor(self.directory, self.clock, guard_argv=guard_argv)
 
     @property
     def guard_pid(self) -> int:

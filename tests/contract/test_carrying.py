@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import zipfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -17,7 +18,9 @@ from pathlib import Path
 import pytest
 
 from cluster_agent.carrying.port import CarrierDown, CarrierFull, NotConfigured
+from cluster_agent.core.model import ArtifactSource
 from cluster_agent.executors.base import (
+    AttemptKey,
     Cause,
     Exited,
     Phase,
@@ -272,6 +275,79 @@ async def test_a_stop_while_it_waits_for_its_files_keeps_it_from_ever_starting(
     assert "Started" not in agent.kinds(key)
 
 
+def lives(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+async def end(agent: Agent, key: AttemptKey, order: str) -> None:
+    if order == "stop":
+        await agent.executor.stop([key], grace_seconds=0.5)
+    else:
+        await agent.executor.kill_all()
+
+
+@pytest.mark.parametrize("order", ["stop", "kill_all"])
+@pytest.mark.parametrize("passing", ["slow", "unclear"])
+async def test_who_is_stopped_while_its_start_may_be_at_the_guard_is_dead_when_its_end_is_told(
+    world: CarryingWorld, agent: Agent, passing: str, order: str
+) -> None:
+    """F8, F2: the call has not returned, or failed, but the process runs; only the guard may say that it does not any more."""
+    source = world.store.publish(new_key(), "load", "rows", b"true")
+    key = new_key()
+    if passing == "slow":
+        world.passage.returns.clear()
+    else:
+        world.passage.unclear = 1
+    script = "trap '' TERM; while true; do sleep 0.05; done"
+    await agent.executor.start([world.shell(key, script, artifacts=(source,))])
+    [started] = await agent.until(Started, key)
+    assert isinstance(started, Started)
+    await eventually(lambda: world.passage.unclear == 0)
+    await end(agent, key, order)
+    exited = await agent.exit_of(key)
+    assert not lives(started.pid)
+    assert exited.cause is Cause.STOP
+    await agent.until(Stopped, key)
+    assert agent.kinds(key) == ["Started", "Exited", "Stopped"]
+
+
+@pytest.mark.parametrize("order", ["stop", "kill_all"])
+async def test_a_start_that_reaches_the_guard_after_its_stop_comes_to_nothing(
+    world: CarryingWorld, agent: Agent, order: str
+) -> None:
+    source = world.store.publish(new_key(), "load", "rows", b"true")
+    key = new_key()
+    world.passage.leaves.clear()
+    await agent.executor.start([world.shell(key, "sleep 60", artifacts=(source,))])
+    await eventually(lambda: world.passage.asked == [key])
+    await end(agent, key, order)
+    world.passage.leaves.set()
+    await agent.until(Refused, key)  # F8: the tombstone was there first
+    assert agent.kinds(key) == ["Stopped", "Refused"]
+
+
+async def test_a_start_that_came_through_although_its_call_failed_is_not_repeated(
+    world: CarryingWorld, agent: Agent
+) -> None:
+    """F4, J7: the guard would answer `Refused` to the second, which must not compete with the `Exited` of the first."""
+    source = world.store.publish(new_key(), "load", "rows", b"true")
+    key, other = new_key(), new_key()
+    world.passage.unclear = 1
+    await agent.executor.start([world.shell(key, 'printf 7 > "$BATON_RESULT"', artifacts=(source,))])
+    assert (await agent.exit_of(key)).result == b"7"
+    await eventually(lambda: world.passage.unclear == 0)
+    await agent.connect()
+    told = agent.census[key].exited
+    assert told is not None
+    assert told.result == b"7"
+    await agent.executor.configure(30.0, 4.0)
+    await agent.executor.renew(1, world.clock.boot())
+    await agent.executor.start([world.shell(other, "true")])
+    assert (await agent.exit_of(other)).succeeded
+    assert world.passage.asked == [key, other]
+    assert "Refused" not in agent.kinds(key)
+
+
 async def test_a_lease_that_passes_while_it_waits_for_its_files_keeps_it_from_starting(
     world: CarryingWorld, agent: Agent
 ) -> None:
@@ -382,6 +458,48 @@ async def test_an_attempt_starts_from_the_checkpoint_it_is_given_whatever_lies_h
     exited = await agent.exit_of(key)
     assert exited.result == b"forty"
     assert world.store.names(key) == set()  # what it was given is no news
+
+
+def gone(world: CarryingWorld, key: AttemptKey, how: str) -> ArtifactSource:
+    """A checkpoint that the owner still names, of an earlier attempt on another cluster (J12)."""
+    source = world.store.publish(dataclasses.replace(key, n=2), "it", "checkpoint-40", b"forty", cluster="0193other")
+    if how == "damaged":
+        return dataclasses.replace(source, ref=ref_of("checkpoint-40", b"other"))
+    world.store.objects.clear()
+    return source
+
+
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+async def test_a_checkpoint_that_the_store_has_lost_costs_its_work_and_not_the_run(
+    world: CarryingWorld, agent: Agent, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    key = new_key(3)
+    script = '[ ! -e "$BATON_CHECKPOINT_DIR/latest" ] && printf anew > "$BATON_RESULT"'
+    with caplog.at_level(logging.WARNING, "baton.agent"):
+        await agent.executor.start([world.shell(key, script, checkpoint=gone(world, key, how))])
+        exited = await agent.exit_of(key)
+    assert (exited.cause, exited.result) == (Cause.EXIT, b"anew"), exited.message
+    [said] = [vars(record) for record in caplog.records if "starts without it" in record.getMessage()]
+    assert (said["run"], said["task"], said["attempt"]) == (key.run_uid, key.task, key.n)
+    assert said["checkpoint"] == "checkpoint-40"
+    assert ("not in the store" if how == "missing" else "damaged") in said["reason"]
+
+
+async def test_in_place_of_a_lost_checkpoint_the_one_that_lies_here_serves_and_is_stored(
+    world: CarryingWorld, agent: Agent
+) -> None:
+    """Else the owner would go on naming what is gone, to the next cluster too."""
+    earlier, go = new_key(), world.directory.parent / "go"
+    await agent.executor.start([world.shell(earlier, f"{SAVE} save mine; exit 1")])
+    await agent.exit_of(earlier)
+    key = dataclasses.replace(earlier, n=3)
+    script = f'cat "$BATON_CHECKPOINT_DIR/latest" > "$BATON_RESULT"; while [ ! -e {go} ]; do sleep 0.05; done'
+    await agent.executor.start([world.shell(key, script, checkpoint=gone(world, key, "missing"))])
+    [saved] = await agent.until(Saved, key)
+    assert isinstance(saved, Saved)
+    assert saved.checkpoint == ref_of("checkpoint-1", b"mine")
+    go.touch()
+    assert (await agent.exit_of(key)).result == b"mine"
 
 
 async def test_a_checkpoint_that_cannot_be_stored_does_not_fail_the_attempt(world: CarryingWorld, agent: Agent) -> None:
