@@ -28,6 +28,14 @@ from control_plane.core.model import AttemptState, RunState, TaskState
 from control_plane.core.run import Attempt, Run, holds
 from control_plane.core.state import ShardState
 
+OVERDUE = "the run's deadline passed"
+WAITED = f"{OVERDUE}; it waited: "
+"""Reason of what the deadline ended, and how it begins where a task waited for a place."""
+
+WORDS = 64 * 1024
+"""Characters of waiting reasons in one batch: with the rest of `PART` tasks it stays below 256 KiB (J2). Tasks of a group wait for the
+same reason, so those beyond it lose nothing that is not said elsewhere."""
+
 PART = 2000
 """Tasks ended in one batch of a larger decision (J2): about 5 ms of decide and apply. Every part leaves a correct state: a
 cancelled or overdue run places nothing meanwhile."""
@@ -55,7 +63,7 @@ def follow_up(state: ShardState, run: Run, batch: Batch) -> None:
             _skip(run, batch)
     if ending:
         run.skippable.clear()
-        _end_part(run, batch)
+        _end_part(state, run, batch)
     if run.open:
         # While it ends, what is open is the part left for the next batch.
         if ending:
@@ -140,8 +148,9 @@ def _skip(run: Run, batch: Batch) -> None:
     batch.emit(TasksEnded(run.uid, tuple(order), (TaskState.SKIPPED,) * len(order), (reason,) * len(order)))
 
 
-def _end_part(run: Run, batch: Batch) -> None:
-    """End up to `PART` open tasks of a cancelled or overdue run (D2): the first terminal decision wins."""
+def _end_part(state: ShardState, run: Run, batch: Batch) -> None:
+    """End up to `PART` open tasks of a cancelled or overdue run (D2): the first terminal decision wins. What the deadline found
+    waiting keeps the reason why: afterwards nobody else could tell."""
     cancelled = run.state is RunState.CANCELLING
     tasks: list[int] = []
     states, index = run.states, run.scanned
@@ -152,15 +161,34 @@ def _end_part(run: Run, batch: Batch) -> None:
     if not tasks:
         return
     new = TaskState.CANCELLED if cancelled else TaskState.DEADLINE_EXCEEDED
-    reason = (f"cancelled: {run.reason}" if run.reason else "cancelled") if cancelled else "the run's deadline passed"
-    batch.emit(TasksEnded(run.uid, tuple(tasks), (new,) * len(tasks), (reason,) * len(tasks)))
+    if cancelled:
+        reasons = [f"cancelled: {run.reason}" if run.reason else "cancelled"] * len(tasks)
+    else:
+        reasons = _overdue(state, run, tasks)
+    batch.emit(TasksEnded(run.uid, tuple(tasks), (new,) * len(tasks), tuple(reasons)))
     run.scanned = index
+
+
+def _overdue(state: ShardState, run: Run, tasks: Iterable[int]) -> list[str]:
+    """Why each of these was not done by the deadline."""
+    reasons, room = [], WORDS
+    for task in tasks:
+        waited = ""
+        if task in run.tickets:
+            waited = state.wait_reasons.get(run.lanes[task].key, "") or run.reasons.get(task, "")
+        room -= len(waited)
+        reasons.append(WAITED + waited if waited and room >= 0 else OVERDUE)
+    return reasons
 
 
 def _verdict(run: Run) -> RunFinished:
     counts = run.counts
     if counts[TaskState.DEADLINE_EXCEEDED]:
-        return RunFinished(run.uid, RunState.DEADLINE_EXCEEDED, "the deadline passed before every task was final")
+        waited = ((task, why.removeprefix(WAITED)) for task, why in run.reasons.items() if why.startswith(WAITED))
+        told = next((f"; {run.tasks[task].id} waited: {why}" for task, why in waited), "")
+        return RunFinished(
+            run.uid, RunState.DEADLINE_EXCEEDED, f"the deadline passed before every task was final{told}"
+        )
     if counts[TaskState.CANCELLED]:
         return RunFinished(run.uid, RunState.CANCELLED, run.reason)
     failed = counts[TaskState.FAILED]

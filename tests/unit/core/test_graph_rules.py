@@ -9,9 +9,11 @@ from control_plane.core.commands import (
     CancelRun,
     CreateRun,
     Finish,
+    Grant,
     PutGraph,
     PutNamespace,
     Refused,
+    TakeGrants,
     TakeReports,
     Tick,
 )
@@ -253,6 +255,17 @@ def test_d2_the_deadline_ends_what_is_open_and_stops_it() -> None:
     shard.finish(running, result=b"too late")
     assert shard.task(1).state is TaskState.DEADLINE_EXCEEDED
     assert shard.run().refused_results == 1
+
+
+def test_what_the_deadline_finds_waiting_keeps_the_reason_why() -> None:
+    shard = Shard(facts("a"))
+    shard.create(task("runs"), task("waits", clusters=("mars",)), deadline=10.0)
+    here, nowhere = (line.key for line in shard.machine.demand())
+    shard.do(TakeGrants(1, (Grant("a", 1, here, 1),), reasons=((nowhere, "no cluster is named mars"),)))
+    shard.later(10.0)
+    assert shard.task(0).reason == "the run's deadline passed"
+    assert shard.task(1).reason == "the run's deadline passed; it waited: no cluster is named mars"
+    assert "waits waited: no cluster is named mars" in shard.run().reason
 
 
 def test_d2_the_first_terminal_decision_wins_over_the_deadline() -> None:
