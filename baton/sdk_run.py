@@ -115,8 +115,13 @@ class StartedRun:
         return client_sync.drain(self.async_started.as_completed())
 
     def results(self) -> Results:
-        """Waits until the run is final. Raises RunFailed, BatonError."""
-        return client_sync.wait(self.async_started.results())
+        """Waits until the run is final. Raises RunFailed, BatonError. Ctrl-C ends the waiting, not the run, and says so."""
+        try:
+            return client_sync.wait(self.async_started.results())
+        except KeyboardInterrupt as interrupt:
+            short = self.name.rpartition("/")[2]
+            interrupt.add_note(f"{self.name} goes on: `baton watch {short}` follows it, `baton cancel {short}` ends it")
+            raise
 
     def cancel(self, reason: str = "") -> None:
         """Asks the run to stop. Raises WrongState (it is final otherwise)."""

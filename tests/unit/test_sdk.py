@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Coroutine
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 import baton
-from baton import names, packing, sdk, sdk_run, validate
+from baton import client_sync, contexts, names, packing, sdk, sdk_run, validate
 from baton.clock import SystemEntropy
 from baton.errors import InvalidField
 from baton.sdk import Graph, task
@@ -276,3 +277,16 @@ def test_every_run_of_a_named_graph_has_a_name_of_its_own() -> None:
     assert first.startswith("words-")
     assert names.id_problem(sdk_run.run_id_of("w" * 63, SystemEntropy())) is None
     assert sdk_run.run_id_of("", SystemEntropy()) == ""
+
+
+def test_ctrl_c_ends_the_waiting_and_says_that_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(work: Coroutine[Any, Any, Any]) -> None:
+        work.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client_sync, "wait", interrupted)
+    run = run_pb2.Run(name="namespaces/default/runs/words-1a2b")
+    started = sdk_run.StartedRun(sdk_run.AsyncStartedRun(run, contexts.Context(endpoints=("127.0.0.1:1",))))
+    with pytest.raises(KeyboardInterrupt) as told:
+        started.results()
+    assert "`baton watch words-1a2b`" in told.value.__notes__[0]
