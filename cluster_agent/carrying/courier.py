@@ -1,8 +1,9 @@
 """Transfers that do not give up at once: tried again with growing pauses while the store is down, for a bounded time.
 
 Theory: an outage of the store must cost neither the work that is done (its results wait here) nor hold a place for ever. PATIENCE
-counts from the first failure since content came through; an upload begins anew with every try, so none of it counts. What no patience mends is told at once: content that is not there, an agent that is
-refused, damage that comes again. The words say whose fault it is; none of these is the application's.
+counts from the first failure since content came through; an upload begins anew with every try, so none of it counts. What no
+patience mends is told at once: content that is not there, an agent that is refused, damage that comes again. The words say whose
+fault it is; none of these is the application's.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from cluster_agent.core.model import ArtifactRef
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0
-"""Seconds of failures without progress until a transfer is given up. Smaller than an etcd failover or the restart of a replica, and every such
-event would cost finished work; larger holds places on a cluster while others wait for work."""
+"""Seconds of failures without progress until a transfer is given up. Smaller than an etcd failover or the restart of a replica, and
+every such event would cost finished work; larger holds places on a cluster while others wait for work."""
 
 FIRST_PAUSE, MAX_PAUSE = 0.2, 5.0
 """Between tries. A first one shorter than a replica's hand-over only adds load; a last one longer would sleep through a return."""

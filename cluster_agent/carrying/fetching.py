@@ -1,17 +1,25 @@
-"""What an attempt needs before it starts: artifacts of its parents, the last checkpoint of its task, stored code."""
+"""What an attempt needs before it starts: artifacts of its parents, the last checkpoint of its task, stored code.
+
+Artifacts and code it cannot do without. A checkpoint only saves work: one that the store has lost, as after a restore of etcd (J12)
+whose owners name what later commits have swept away, costs that work and not the run.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 from dataclasses import replace
 
+from baton.telemetry.logs import about
 from cluster_agent.carrying.cache import Cache
-from cluster_agent.carrying.courier import Courier, DiskFull, Undeliverable
+from cluster_agent.carrying.courier import Courier, DiskFull, Missing, Undeliverable
 from cluster_agent.carrying.port import Wanted
 from cluster_agent.carrying.shelf import Shelf, Stamp
 from cluster_agent.core.model import ArtifactSource
 from cluster_agent.executors.base import AttemptKey, StartRequest
+
+log = logging.getLogger("baton.agent")
 
 
 class Fetcher:
@@ -50,18 +58,21 @@ class Fetcher:
         except* (Undeliverable, OSError) as failed:
             raise failed.exceptions[0] from None
 
-    async def _checkpoint(self, key: AttemptKey, source: ArtifactSource) -> Stamp:
+    async def _checkpoint(self, key: AttemptKey, source: ArtifactSource) -> Stamp | None:
         """Put it where the workload looks for it, in place of whatever an earlier attempt has left on this cluster: what is
-        committed is newer, or as good."""
+        committed is newer, or as good. None if it is gone: then what was left here stays, and is news to be stored."""
         whole = False
         with await asyncio.to_thread(self._shelf.draft_checkpoint, key) as draft:
             try:
                 await self._courier.fetch(Wanted(source), draft)
                 draft.flush()
                 whole = True
+            except Missing as error:
+                said = about(key.run_uid, task=key.task, attempt=key.n, checkpoint=source.ref.name, reason=str(error))
+                log.warning("A checkpoint is gone from the store; the attempt starts without it.", extra=said)
             finally:
                 stamp = self._shelf.place_checkpoint(key, keep=whole)
-        return stamp
+        return stamp if whole else None
 
     async def _code(self, namespace: str, sha256: str) -> None:
         async with self._codes.setdefault(sha256, asyncio.Lock()):

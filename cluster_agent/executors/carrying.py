@@ -3,9 +3,10 @@
 Theory. To the agent's machine an attempt counts as running from its start order until its `Exited`; so the file work fits in at both
 ends without a new state. Before: a `start` that needs files is held back while they are fetched, and passed on with the
 generation it has by then; the guard judges at that moment whether its lease still holds (G1). Since the guard never heard of it, a
-fetch that is stopped needs no more than a tombstone (F8); a fetch that fails ends the attempt as lost, which costs the application
-nothing. After: an `Exited` of a success that left files is held back until they are stored, and is passed on with their refs, which
-the owner publishes if it accepts the report (F2). Its processes are dead already, so nothing of this can make two copies run.
+fetch that is stopped needs no more than a tombstone (F8), and from the passing on only the guard knows; a fetch that fails ends the
+attempt as lost, which costs the application nothing. After: an `Exited` of a success that left files is held back until they are
+stored, and is passed on with their refs, which the owner publishes if it accepts the report (F2). Its processes are dead already, so
+nothing of this can make two copies run.
 
 A crash of the agent: what was being fetched has no process and is reported lost (F4); what was being stored is in the guard's census
 with its mark, and is stored again; what was stored is written down and only told again. A census says of the attempts in
@@ -73,6 +74,8 @@ class _Held:
     request: StartRequest
     task: asyncio.Task[None] | None = None
     """None: its files are here, and the executor was away."""
+    passing: bool = False
+    """The executor was asked to start it, in vain or not: the guard may have it."""
 
 
 class Carrying:
@@ -95,7 +98,6 @@ class Carrying:
         self._checkpoints = Checkpoints(shelf, courier, clock, tally, self._maker, self._tell_saved)
         self._fetching: dict[AttemptKey, _Held] = {}
         self._storing: dict[AttemptKey, tuple[Exited, asyncio.Task[None]]] = {}
-
         self._marked: set[AttemptKey] = set()
         """Attempts that may have something in the agent's own tree."""
         self._looking: asyncio.Task[None] | None = None
@@ -111,8 +113,10 @@ class Carrying:
             self._looking = asyncio.create_task(self._checkpoints.look_for_ever())
             self._marked = await asyncio.to_thread(self._shelf.known)
         known = {entry.key for entry in entries}
+        for key in [key for key, held in self._fetching.items() if held.task is None and key in known]:
+            del self._fetching[key]  # the start came through after all (F4): a second one would be `Refused`
         held = [
-            CensusEntry(key, held.request.generation, Phase.STARTING, run=_run(held.request))
+            CensusEntry(key, held.request.generation, Phase.STARTING, run=held.request.env.get("BATON_RUN", ""))
             for key, held in self._fetching.items()
             if key not in known
         ]
@@ -199,12 +203,14 @@ class Carrying:
     async def _pass_on(self, key: AttemptKey, held: _Held) -> None:
         """Its files are here. If the executor is away, the next census begins with it."""
         self._checkpoints.track(key, held.request.env)
+        held.passing = True
         try:
             await self._inner.start([held.request])
         except OSError:
             held.task = None
             return
-        self._fetching.pop(key, None)
+        if self._fetching.get(key) is held:
+            del self._fetching[key]
 
     # --- after --------------------------------------------------------------------------------------------------------
 
@@ -298,16 +304,18 @@ class Carrying:
         keys = [*self._fetching, *self._storing]
         given_up = [told for key in keys if (told := self._give_up(key)) is not None]
         await self._inner.kill_all()
-        if given_up:
+        if keys:
             await self._inner.stop(keys, grace_seconds=0.0)
             await self._inner.tell(given_up)
 
     def _give_up(self, key: AttemptKey) -> Exited | None:
-        """The end of an attempt that was held back; None if it was not."""
+        """The end of an attempt that was held back; None if it was not, or if the guard may have it: a process may run, which
+        must not be taken for dead (F2), and the guard's tombstone and `Stopped` speak (F8)."""
         fetch = self._fetching.pop(key, None)
         if fetch is not None:
-            if fetch.task is not None:
-                fetch.task.cancel()
+            if fetch.passing or fetch.task is None:
+                return None
+            fetch.task.cancel()
             return self._ended(key, Cause.STOP, "it was stopped while its files were fetched", self._clock.wall())
         storing = self._storing.pop(key, None)
         if storing is None:
@@ -389,8 +397,3 @@ class Carrying:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("Carrying files failed.", exc_info=error)
-
-
-def _run(request: StartRequest) -> str:
-    """Name of its run."""
-    return request.env.get("BATON_RUN", "")

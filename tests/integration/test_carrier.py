@@ -112,7 +112,9 @@ async def test_a_store_that_is_away_is_given_up_however_large_the_artifact(tmp_p
         (tmp_path / "objects").touch()
         courier = Courier(carrier, SystemClock(), Tally(), patience=1.0)
         async with asyncio.timeout(60):
-            with pytest.raises(Undeliverable, match="artifact model could not be stored: artifact store unreachable for 1 s"):
+            with pytest.raises(
+                Undeliverable, match="artifact model could not be stored: artifact store unreachable for 1 s"
+            ):
                 await courier.store(MAKER, "model", io.BytesIO(content(chunks * CHUNK_BYTES)))
 
 
