@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import threading
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,10 @@ longer: a stuck process is noticed late."""
 
 CALL_SECONDS = 30.0
 """Longest call, waiting for the thread included; then it counts as down. Longer than BUSY_SECONDS by what a big run takes."""
+
+WAL_TRIES, WAL_PAUSE = 100, 0.05
+"""Tries to turn a file to WAL, and seconds between them: 5 s for what takes the other replica milliseconds. Fewer would end a start
+for nothing; more would hide a file that somebody else has locked for good."""
 
 LEVEL = 6
 """zlib's: history is written once, off the loop, and kept for a month."""
@@ -188,9 +193,23 @@ class SqliteHistory:
 def _connect(path: Path) -> sqlite3.Connection:
     # Made here, used in one thread only from then on.
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
-    connection.execute("PRAGMA journal_mode = WAL")
+    _turn_to_wal(connection)
     connection.execute("PRAGMA synchronous = FULL")
     return connection
+
+
+def _turn_to_wal(connection: sqlite3.Connection) -> None:
+    """SQLite does not wait for others here, whatever its busy time: replicas that start together on a new file would end with
+    "database is locked". Raises sqlite3.Error."""
+    pause = threading.Event()
+    for tries_left in reversed(range(WAL_TRIES)):
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or not tries_left:
+                raise
+        pause.wait(WAL_PAUSE)
 
 
 def _prepare(connection: sqlite3.Connection) -> None:

@@ -20,3 +20,14 @@ hypothesis.settings.load_profile(os.environ.get("BATON_HYPOTHESIS", "fixed"))
 def checkout() -> Path:
     """The root of the checkout under test."""
     return Path(__file__).resolve().parent.parent
+
+
+SLOWEST_FIRST = ("e2e", "simulation", "integration", "contract", "unit")
+"""Folders in order of the time one file takes: begun first, the long ones do not run alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the tests; within a folder as they were."""
+    place = {folder: index for index, folder in enumerate(SLOWEST_FIRST)}
+    root = Path(__file__).resolve().parent
+    items.sort(key=lambda item: place.get(item.path.relative_to(root).parts[0], -1))

@@ -50,6 +50,8 @@ def clusters_of(fed: Fed, task: str) -> list[str]:
 @pytest.mark.timeout(240)
 async def test_f7_a_cluster_that_is_cut_off_each_policy_does_what_it_says(fed_here: MakeFederation) -> None:
     async with fed_here(clusters=("eu", "us")) as fed:
+        # A takeover of fleet starts every observation anew (S4): SUSPECT could come after F.
+        await fed.eventually(fed.balanced, "both replicas to have their shards")
         hedged = fed.gated("hedged", "hedged")
         hedged.hedge = True
         policies = [fed.gated("waits", "end", on_cluster_lost=WAIT), fed.gated("never", "end", on_cluster_lost=NEVER)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -141,3 +143,13 @@ async def test_a_file_that_is_none_of_ours_or_of_a_later_version_is_refused(tmp_
         SqliteHistory(later)
     with pytest.raises(HistoryDown):
         SqliteHistory(garbage / "below-a-file" / "history.db")
+
+
+def test_replicas_that_open_a_new_file_together_wait_for_each_other(tmp_path: Path) -> None:
+    """Turning a file to WAL does not wait by itself, whatever the connection's busy time. Without our own waiting one opening in 30
+    fails here with "database is locked"."""
+    with ThreadPoolExecutor(4) as openers:
+        for number in range(40):
+            path = tmp_path / f"{number}.sqlite"
+            for opened in list(openers.map(SqliteHistory, [path] * 4)):
+                asyncio.run(opened.close())
