@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -14,6 +16,14 @@ hypothesis.settings.register_profile("fixed", derandomize=True, database=None, d
 # For a long look by hand: BATON_HYPOTHESIS=explore scripts/test tests/unit
 hypothesis.settings.register_profile("explore", derandomize=False, max_examples=2000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("BATON_HYPOTHESIS", "fixed"))
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Simulations silence the whole process; the next test may be about log lines."""
+    before = logging.root.manager.disable
+    yield
+    logging.disable(before)
 
 
 @pytest.fixture(scope="session")
