@@ -132,7 +132,8 @@ async def _fresh(
 
 async def next_message(stream: grpc.aio.UnaryStreamCall[Any, Message]) -> Message | None:
     """The next message, None at the end. Raises TimeoutError after too long a silence, AioRpcError."""
-    message = await asyncio.wait_for(stream.read(), SILENCE_SECONDS)
+    async with asyncio.timeout(SILENCE_SECONDS):
+        message = await stream.read()
     return None if message is grpc.aio.EOF else cast("Message", message)
 
 

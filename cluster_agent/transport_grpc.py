@@ -100,7 +100,8 @@ class GrpcTransport:
         self._next += 1
         channel = self._channel(endpoint)
         try:
-            await asyncio.wait_for(channel.channel_ready(), DIAL_SECONDS)
+            async with asyncio.timeout(DIAL_SECONDS):
+                await channel.channel_ready()
         except TimeoutError as error:
             await channel.close()
             raise TransportClosed(f"{endpoint} did not answer within {DIAL_SECONDS} s") from error

@@ -224,6 +224,11 @@ def _tell_outcome(run: run_pb2.Run, tasks: list[run_pb2.TaskStatus], sums: dict[
     click.echo(f"{sums['moved_tasks']} moved, {sums['stale_results_refused']} late results refused")
 
 
+DETACH_SECONDS = 0.2
+"""A wait that a ctrl-C cancelled and that still stands is cancelled again after this long: an answer that comes in the same
+moment can take a cancellation with it (gRPC's unary calls). Shorter would cut what a wait tidies up; longer is felt."""
+
+
 class _Detached(Exception):
     """Ctrl-C ended a wait for this run."""
 
@@ -242,6 +247,12 @@ def _until_detached(story: Coroutine[Any, Any, None], to: Context) -> None:
         def detach() -> None:
             loop.remove_signal_handler(signal.SIGINT)
             task.cancel()
+            loop.call_later(DETACH_SECONDS, insist)
+
+        def insist() -> None:
+            if not task.done():
+                task.cancel()
+                loop.call_later(DETACH_SECONDS, insist)
 
         try:
             loop.add_signal_handler(signal.SIGINT, detach)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,7 +47,7 @@ async def test_a_workload_sees_its_environment_its_places_and_nothing_else(bench
     places = {"BATON_RESULT", "BATON_INPUTS", "BATON_CHECKPOINT_DIR", "BATON_ARTIFACTS_DIR"}
     assert set(seen["env"]) - {"LC_CTYPE"} == set(env) | places
     assert {name: seen["env"][name] for name in env} == env
-    assert seen["cwd"] == f"{bench.directory}/work/{request.key.text()}"
+    assert Path(seen["cwd"]) == bench.directory / "work" / request.key.text()
     assert seen["env"]["BATON_CHECKPOINT_DIR"] == f"{bench.directory}/checkpoints/0193a1b2c3d4.{request.key.task}"
     assert (seen["stdin"], seen["inputs"], seen["nnp"], seen["checkpoint"]) == ("", '{"parent": 1}', "1", True)
     assert seen["fds"] == ["0", "1", "2", "3"]  # 3 is the directory being listed

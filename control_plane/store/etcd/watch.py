@@ -137,7 +137,8 @@ class EtcdWatch:
     async def _write(self, call: Any, request: wire.EtcdWatchRequest) -> None:
         with self._lane.translated():
             try:
-                await asyncio.wait_for(call.write(request), self._stall)
+                async with asyncio.timeout(self._stall):
+                    await call.write(request)
             except TimeoutError as error:
                 late = "the request could not be written in time"
                 raise WireError(grpc.StatusCode.DEADLINE_EXCEEDED, late) from error
