@@ -45,11 +45,11 @@ RESEND = 2.0
 message costs that much of a task's time."""
 
 DISPATCH_BATCH = 500
-"""Attempts per message: about 100 KiB of small tasks, far under gRPC's 4 MiB limit even with 6 KiB of arguments each."""
+"""Attempts per message: about 100 KiB of small tasks, far under the 48 MiB that agents receive even with 6 KiB of arguments each."""
 
 DISPATCH_BYTES = 1 << 18
 """Bytes after which a message is full; a task's arguments, environment and inputs may be 64 + 32 KiB and its parents' results. The
-last dispatch may name 10,000 artifacts of parents (`files.RUN_ARTIFACTS`, at most 3.8 MB), and agents receive 4 MiB."""
+last dispatch may name 10,000 artifacts of parents (`files.RUN_ARTIFACTS`, at most 3.8 MB), and agents receive 48 MiB."""
 
 REPORTS_QUEUE = 1000
 """Report messages of one link waiting for their shard. Beyond it they are dropped and the agent sends them again (J7)."""

@@ -25,7 +25,8 @@ from lab.etcd_binary import find_etcd
 from lab.layout import ETCD, Layout, Settings, settings_record
 from lab.links import Links
 from lab.machine import OFF_SECONDS
-from lab.parts import Cluster, Part, PartFailed, Replica, Store, part_status
+from lab.machine_part import Cluster
+from lab.parts import Part, PartFailed, Replica, Store, part_status
 from lab.processes import Identity, kill_remains
 
 READY_SECONDS = 60.0

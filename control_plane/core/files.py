@@ -31,8 +31,9 @@ ATTEMPT_ARTIFACTS = 64
 """Artifacts of one attempt. They ride in its report and in the journal; a folder of thousands is better one archive."""
 
 RUN_ARTIFACTS = 10_000
-"""Published artifacts of a run. One task may depend on all others, then its dispatch names them all in one message: 2 MB of the
-4 MiB that agents receive. More would need dispatches in pieces, less would forbid wide graphs of files."""
+"""Published artifacts of a run. One task may depend on all others, then its dispatch names them all in one message: at most
+3.8 MB of the 48 MiB that agents receive, most of which is for inline results (`inline.RUN_RESULTS_LIMIT`). Ten times as many would
+need dispatches in pieces, less would forbid wide graphs of files."""
 
 DIGEST_BYTES = 32
 """Of a sha-256."""

@@ -1,28 +1,27 @@
 """`apply`: how each event changes the state (PROTOCOL J1). Total and deterministic on every log that `handle` can make.
 
-Theory: the only module that changes what is folded. It decides nothing that could have been decided otherwise: from an
-event and the state follows the next state, among it which children become READY (their trigger rule holds) and which are
-due to be skipped. Children due for a skip and tasks due for a retry or an end are only noted; `core.graph` turns the notes
-into events in `settle`, so that a batch cut off between two events still goes on rightly after a takeover.
+Theory: the only module that changes what is folded, with the steps in `core.moves` that several events share. It decides
+nothing that could have been decided otherwise: from an event and the state follows the next state, among it which children
+become READY (their trigger rule holds) and which are due to be skipped. Children due for a skip and tasks due
+for a retry or an end are only noted; `core.graph` turns the notes into events in `settle`, so that a batch cut off between
+two events still goes on rightly after a takeover.
 
 A watcher sees one numbered run event per event here, with all tasks it moved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from control_plane.core import events as e
 from control_plane.core import inline
 from control_plane.core.files import Files
 from control_plane.core.image import restore_run, restore_shard
-from control_plane.core.model import ArtifactRef, AttemptId, AttemptState, Evidence, RunState, Stamp, TaskState
+from control_plane.core.model import AttemptId, AttemptState, Evidence, RunState, Stamp, TaskState
+from control_plane.core.moves import Rows, attempt_of, end, left, note, parents_final, refs, stop_members
 from control_plane.core.run import Attempt, Run
 from control_plane.core.state import NAME_HOLD, WHOLE_RUN, ShardState
-
-Rows = list[tuple[int, int, int, str, str]]
-"""(task, state, n, cluster, reason) of a run event."""
 
 
 def _run_created(state: ShardState, event: e.RunCreated, stamp: Stamp) -> None:
@@ -43,8 +42,8 @@ def _run_sealed(state: ShardState, event: e.RunSealed, stamp: Stamp) -> None:
     rows: Rows = []
     for task, parents in enumerate(run.waiting):
         if not parents:
-            _parents_final(state, run, task, stamp.wall, rows)
-    _note(state, run, stamp, "created", rows)
+            parents_final(state, run, task, stamp.wall, rows)
+    note(state, run, stamp, "created", rows)
 
 
 def _attempts_placed(state: ShardState, event: e.AttemptsPlaced, stamp: Stamp) -> None:
@@ -64,27 +63,27 @@ def _attempts_placed(state: ShardState, event: e.AttemptsPlaced, stamp: Stamp) -
             run.set_state(task, TaskState.PLACED)
         state.outbox.placed.append(id_)
         rows.append((task, run.states[task], n, cluster, run.files.place(task, n) if run.files else ""))
-    _note(state, run, stamp, "hedged" if event.hedge else "placed", rows)
+    note(state, run, stamp, "hedged" if event.hedge else "placed", rows)
 
 
 def _attempts_started(state: ShardState, event: e.AttemptsStarted, stamp: Stamp) -> None:
     run = state.runs[event.run]
     rows: Rows = []
     for task, n, start in zip(event.tasks, event.ns, event.starts, strict=True):
-        attempt = _attempt(run, task, n)
+        attempt = attempt_of(run, task, n)
         attempt.state = AttemptState.RUNNING
         attempt.start = start
         if run.states[task] == TaskState.PLACED:
             run.set_state(task, TaskState.RUNNING)
         rows.append((task, run.states[task], n, attempt.cluster, ""))
-    _note(state, run, stamp, "started", rows)
+    note(state, run, stamp, "started", rows)
 
 
 def _artifacts_published(state: ShardState, event: e.ArtifactsPublished, _: Stamp) -> None:
     """No run event: the finish that follows in the same batch tells of it."""
     run = state.runs[event.run]
     files = run.files = run.files or Files()
-    for attempt, ref in _refs(run, event):
+    for attempt, ref in refs(run, event):
         files.publish(attempt.id, attempt.cluster, ref)
 
 
@@ -94,12 +93,12 @@ def _checkpoints_committed(state: ShardState, event: e.CheckpointsCommitted, sta
     files = run.files = run.files or Files()
     rows = [
         (of.id.task, run.states[of.id.task], of.id.n, of.cluster, f"saved {ref.name}, {ref.size} bytes")
-        for of, ref in _refs(run, event)
+        for of, ref in refs(run, event)
         if files.commit(of.id, of.cluster, ref, stamp.wall)
     ]
     if rows:
         files.noted = stamp.wall
-        _note(state, run, stamp, "checkpoint", rows)
+        note(state, run, stamp, "checkpoint", rows)
 
 
 def _attempts_finished(state: ShardState, event: e.AttemptsFinished, stamp: Stamp) -> None:
@@ -107,7 +106,7 @@ def _attempts_finished(state: ShardState, event: e.AttemptsFinished, stamp: Stam
     rows: Rows = []
     opened: Rows = []
     for i, task in enumerate(event.tasks):
-        attempt = _attempt(run, task, event.ns[i])
+        attempt = attempt_of(run, task, event.ns[i])
         outcome = event.states[i]
         state.leave(run, attempt)
         attempt.state = outcome
@@ -126,9 +125,9 @@ def _attempts_finished(state: ShardState, event: e.AttemptsFinished, stamp: Stam
                 attempt.preempted = outcome is AttemptState.STOPPED
             elif outcome is AttemptState.FAILED:
                 run.app_failures[task] = run.app_failures.get(task, 0) + 1
-            _left(state, run, attempt)
+            left(state, run, attempt)
         rows.append((task, run.states[task], attempt.id.n, attempt.cluster, attempt.message))
-    _note(state, run, stamp, "finished", rows + opened)
+    note(state, run, stamp, "finished", rows + opened)
 
 
 def _accept(state: ShardState, run: Run, task: int, result: bytes, wall: float, opened: Rows) -> None:
@@ -139,30 +138,30 @@ def _accept(state: ShardState, run: Run, task: int, result: bytes, wall: float, 
         run.results[task] = result
         run.result_bytes += inline.weight(result)
     run.reasons.pop(task, None)
-    _stop_members(state, run, task, wall)
-    _end(state, run, task, TaskState.SUCCEEDED, wall, opened)
+    stop_members(state, run, task, wall)
+    end(state, run, task, TaskState.SUCCEEDED, wall, opened)
 
 
 def _attempts_rejected(state: ShardState, event: e.AttemptsRejected, stamp: Stamp) -> None:
     run = state.runs[event.run]
     rows: Rows = []
     for task, n, reason in zip(event.tasks, event.ns, event.reasons, strict=True):
-        attempt = _attempt(run, task, n)
+        attempt = attempt_of(run, task, n)
         state.leave(run, attempt)
         attempt.state = AttemptState.REJECTED
         attempt.end = stamp.wall
         attempt.message = reason
         attempt.reported = True
-        _left(state, run, attempt)
+        left(state, run, attempt)
         rows.append((task, run.states[task], n, attempt.cluster, reason))
-    _note(state, run, stamp, "rejected", rows)
+    note(state, run, stamp, "rejected", rows)
 
 
 def _attempts_lost(state: ShardState, event: e.AttemptsLost, stamp: Stamp) -> None:
     run = state.runs[event.run]
     rows: Rows = []
     for task, n in zip(event.tasks, event.ns, strict=True):
-        attempt = _attempt(run, task, n)
+        attempt = attempt_of(run, task, n)
         state.leave(run, attempt)
         attempt.state = AttemptState.LOST
         attempt.end = stamp.wall
@@ -170,31 +169,31 @@ def _attempts_lost(state: ShardState, event: e.AttemptsLost, stamp: Stamp) -> No
         if event.evidence is not Evidence.REPORTED:
             state.arm(run, attempt)  # its cluster may come back with it: stopped then, reservation until so (F8)
         run.infra_losses[task] = run.infra_losses.get(task, 0) + 1
-        _left(state, run, attempt)
+        left(state, run, attempt)
         rows.append(
             (task, run.states[task], n, attempt.cluster, f"lost with its cluster, evidence {event.evidence.name}")
         )
-    _note(state, run, stamp, "lost", rows)
+    note(state, run, stamp, "lost", rows)
 
 
 def _attempts_adopted(state: ShardState, event: e.AttemptsAdopted, stamp: Stamp) -> None:
     run = state.runs[event.run]
     rows: Rows = []
     for task, n in zip(event.tasks, event.ns, strict=True):
-        attempt = _attempt(run, task, n)
+        attempt = attempt_of(run, task, n)
         attempt.generation = event.generation
         rows.append((task, run.states[task], n, attempt.cluster, f"adopted by session generation {event.generation}"))
-    _note(state, run, stamp, "adopted", rows)
+    note(state, run, stamp, "adopted", rows)
 
 
 def _stops_ordered(state: ShardState, event: e.StopsOrdered, stamp: Stamp) -> None:
     run = state.runs[event.run]
     rows: Rows = []
     for task, n in zip(event.tasks, event.ns, strict=True):
-        attempt = _attempt(run, task, n)
+        attempt = attempt_of(run, task, n)
         state.arm(run, attempt)
         rows.append((task, run.states[task], n, attempt.cluster, event.reason))
-    _note(state, run, stamp, "stopping", rows)
+    note(state, run, stamp, "stopping", rows)
 
 
 def _stops_confirmed(state: ShardState, event: e.StopsConfirmed, stamp: Stamp) -> None:
@@ -209,22 +208,22 @@ def _stops_confirmed(state: ShardState, event: e.StopsConfirmed, stamp: Stamp) -
         return
     rows: Rows = []
     for task, n in zip(event.tasks, event.ns, strict=True):
-        attempt = _attempt(run, task, n)
+        attempt = attempt_of(run, task, n)
         state.disarm(run.stops, attempt)
         rows.append((task, run.states[task], n, attempt.cluster, ""))
-    _note(state, run, stamp, "stopped", rows)
+    note(state, run, stamp, "stopped", rows)
 
 
 def _results_refused(state: ShardState, event: e.ResultsRefused, stamp: Stamp) -> None:
     run = state.runs[event.run]
     rows: Rows = []
     for task, n, message in zip(event.tasks, event.ns, event.messages, strict=True):
-        attempt = _attempt(run, task, n)
+        attempt = attempt_of(run, task, n)
         attempt.refused += 1
         attempt.reported = True
         run.refused_total += 1
         rows.append((task, run.states[task], n, attempt.cluster, message))
-    _note(state, run, stamp, "refused", rows)
+    note(state, run, stamp, "refused", rows)
 
 
 def _retries_set(state: ShardState, event: e.RetriesSet, stamp: Stamp) -> None:
@@ -237,7 +236,7 @@ def _retries_set(state: ShardState, event: e.RetriesSet, stamp: Stamp) -> None:
         run.reasons[task] = reason
         state.queue(run, task, stamp.wall)
         rows.append((task, TaskState.READY, n, "", reason))
-    _note(state, run, stamp, "retry", rows)
+    note(state, run, stamp, "retry", rows)
 
 
 _ENDED_KIND = {
@@ -258,10 +257,10 @@ def _tasks_ended(state: ShardState, event: e.TasksEnded, stamp: Stamp) -> None:
         run.undecided.pop(task, None)
         run.not_before.pop(task, None)
         run.reasons[task] = reason
-        _stop_members(state, run, task, stamp.wall)
-        _end(state, run, task, new, stamp.wall, opened)
+        stop_members(state, run, task, stamp.wall)
+        end(state, run, task, new, stamp.wall, opened)
         rows.append((task, new, n, "", reason))
-    _note(state, run, stamp, _ENDED_KIND[event.states[0]], rows + opened)
+    note(state, run, stamp, _ENDED_KIND[event.states[0]], rows + opened)
 
 
 def _run_cancel_requested(state: ShardState, event: e.RunCancelRequested, stamp: Stamp) -> None:
@@ -271,7 +270,7 @@ def _run_cancel_requested(state: ShardState, event: e.RunCancelRequested, stamp:
     state.dirty[run.uid] = None
     for task in list(run.tickets):
         state.unqueue(run, task)
-    _note(state, run, stamp, "cancel", [])
+    note(state, run, stamp, "cancel", [])
 
 
 def _run_finished(state: ShardState, event: e.RunFinished, stamp: Stamp) -> None:
@@ -281,7 +280,7 @@ def _run_finished(state: ShardState, event: e.RunFinished, stamp: Stamp) -> None
     run.finished = stamp.wall
     state.final[run.uid] = None
     state.outbox.finished.append(run.uid)
-    _note(state, run, stamp, "run_finished", [])
+    note(state, run, stamp, "run_finished", [])
 
 
 def _run_archived(state: ShardState, event: e.RunArchived, stamp: Stamp) -> None:
@@ -303,73 +302,6 @@ def _run_image(state: ShardState, event: e.RunImage, stamp: Stamp) -> None:
         restore_run(state, state.runs[event.run], event.image, stamp.incarnation)
     else:
         restore_shard(state, event.image, stamp.incarnation)
-
-
-# --- shared by several events --------------------------------------------------------------------------------------------
-def _attempt(run: Run, task: int, n: int) -> Attempt:
-    attempt = run.attempt(task, n)
-    if attempt is None:
-        raise AssertionError(f"attempt {n} of task {task} of run {run.uid} is not known")
-    return attempt
-
-
-def _refs(run: Run, event: e.ArtifactsPublished | e.CheckpointsCommitted) -> Iterator[tuple[Attempt, ArtifactRef]]:
-    attempts = (_attempt(run, task, n) for task, n in zip(event.tasks, event.ns, strict=True))
-    return zip(attempts, map(ArtifactRef, event.names, event.sizes, event.digests), strict=True)
-
-
-def _left(state: ShardState, run: Run, attempt: Attempt) -> None:
-    """A member left without success: if it was the last, retry or end is due. A task that waited for a place in its stead (its
-    other members were fenced) waits no more until that is decided."""
-    task = attempt.id.task
-    state.dirty[run.uid] = None
-    if task not in run.live:
-        state.unqueue(run, task)
-        run.undecided[task] = attempt.id.n
-    else:
-        state.review.append((run.uid, task))
-
-
-def _stop_members(state: ShardState, run: Run, task: int, wall: float) -> None:
-    """The task is decided: members still live leave, their stops outstanding (F2, F8)."""
-    for attempt in list(run.live.get(task, ())):
-        state.leave(run, attempt)
-        attempt.state = AttemptState.STOPPED
-        attempt.end = wall
-        state.arm(run, attempt)
-
-
-def _end(state: ShardState, run: Run, task: int, new: TaskState, wall: float, opened: Rows) -> None:
-    """A task becomes final; children whose last open parent it was are READY or due for a skip."""
-    state.unqueue(run, task)
-    run.set_state(task, new)
-    if run.files:
-        run.files.checkpoints.pop(task, None)  # nothing will start from it
-    state.dirty[run.uid] = None
-    succeeded = new is TaskState.SUCCEEDED
-    failed = not succeeded and new is not TaskState.SKIPPED
-    for child in run.children[task]:
-        run.waiting[child] -= 1
-        if not succeeded:
-            run.unsucceeded_parents[child] += 1
-            run.failed_parents[child] += failed
-        if not run.waiting[child] and run.states[child] == TaskState.PENDING:
-            _parents_final(state, run, child, wall, opened)
-
-
-def _parents_final(state: ShardState, run: Run, task: int, wall: float, opened: Rows) -> None:
-    if run.trigger_holds(task):
-        run.set_state(task, TaskState.READY)
-        state.queue(run, task, wall)
-        opened.append((task, TaskState.READY, 0, "", ""))
-    else:
-        run.skippable.append(task)
-        state.dirty[run.uid] = None
-
-
-def _note(state: ShardState, run: Run, stamp: Stamp, kind: str, rows: Rows) -> None:
-    run.note(stamp.wall, kind, rows)
-    state.outbox.runs.add(run.uid)
 
 
 FOLDS: dict[type[e.Event], Callable[[ShardState, Any, Stamp], None]] = {

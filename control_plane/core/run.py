@@ -1,9 +1,9 @@
 """One run's state, as dense columns (DESIGN 13).
 
 Theory: inside a run a task is an integer, and what is known of it lies in columns: a byte of state, counters, and sparse
-maps for what few tasks have. Equal specs are one object. Only `core.fold` changes a run, in `apply`; decisions read it.
-What follows from the tasks' states (parents still open, counts by state, children that wait for a skip) is kept as
-counters, so that no decision scans the run.
+maps for what few tasks have. Equal specs are one object. Only `core.fold` and its `core.moves` change a run, in `apply`;
+decisions read it. What follows from the tasks' states (parents still open, counts by state, children that wait for a
+skip) is kept as counters, so that no decision scans the run.
 
 The run's own events (J10) are a ring: numbers without gaps, resumable from any kept number, part of the snapshot.
 """

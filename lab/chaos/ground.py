@@ -13,7 +13,8 @@ from lab.chaos.offsets import shifted
 from lab.chaos.store import StoreCluster
 from lab.federation import Federation
 from lab.layout import Layout, Settings
-from lab.parts import Cluster, Part, PartFailed, Replica
+from lab.machine_part import Cluster
+from lab.parts import Part, PartFailed, Replica
 from lab.processes import Identity, identify
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from control_plane.core.events import AttemptsFinished, ClusterLost, ResultsRefused
 from lab.checking.judging import judge
 from lab.simulation.etcd import Weather
+from lab.simulation.processes import ClusterProcess, ReplicaProcess
 from lab.simulation.prose import tell
 from lab.simulation.stage import Script, Stage, perform, task
 
@@ -47,6 +48,17 @@ def story(name: str, title: str, moral: str, *, clusters: int = 2) -> Callable[[
     return register
 
 
+async def dies_for(
+    stage: Stage, seconds: float, victim: ClusterProcess | ReplicaProcess, *, dies: str, returns: str
+) -> None:
+    """Its process is killed, and starts again so much later; both are said as they happen."""
+    stage.say(dies)
+    victim.kill()
+    await stage.sleep(seconds)
+    stage.say(returns)
+    victim.start()
+
+
 @story(
     "agent-dies",
     "An agent dies and comes back",
@@ -57,11 +69,8 @@ async def agent_dies(stage: Stage) -> None:
     stage.want("nightly", [task("extract", 12.0), task("report", 1.0, after=["extract"])])
     cluster = await stage.running(0)
     await stage.sleep(2.0)
-    stage.say(f"The agent of {cluster.name} is killed. Its guard and its work live on.")
-    cluster.kill()
-    await stage.sleep(4.0)
-    stage.say(f"A new agent starts on {cluster.name}.")
-    cluster.start()
+    dies = f"The agent of {cluster.name} is killed. Its guard and its work live on."
+    await dies_for(stage, 4.0, cluster, dies=dies, returns=f"A new agent starts on {cluster.name}.")
     await stage.sleep(12.0)
 
 
@@ -102,11 +111,8 @@ async def replica_dies(stage: Stage) -> None:
     owner.faults.weather = Weather(lost_reply=1.0)
     await stage.until(lambda: stage.happened(AttemptsFinished) > 0)
     await stage.sleep(0.3)
-    stage.say(f"{owner.name} is killed before it knows that its commit is in the journal.")
-    owner.kill()
-    await stage.sleep(20.0)
-    stage.say(f"{owner.name} starts again.")
-    owner.start()
+    dies = f"{owner.name} is killed before it knows that its commit is in the journal."
+    await dies_for(stage, 20.0, owner, dies=dies, returns=f"{owner.name} starts again.")
     await stage.sleep(10.0)
 
 

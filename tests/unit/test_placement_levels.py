@@ -7,7 +7,7 @@ from control_plane.core.model import PythonCall, TaskSpec
 from control_plane.fleet_keys import SessionInfo, encode_session
 from control_plane.store import keys
 from control_plane.store.base import Put, Txn
-from tests.unit.test_placement import World, story
+from tests.unit.placement_world import World, story
 
 STORED = TaskSpec((), python=PythonCall("m:f", "[]", code="ab" * 32))
 
