@@ -52,6 +52,10 @@ REST = 60.0
 LOOK, POLL = 0.2, 1.0
 """Seconds between looks: at processes and clusters; at the whole history."""
 
+AT_WORK = 20.0
+"""Seconds to wait for work at a cluster that is to be lost. A marathon's tasks start within three; a busy host needs more. Without
+the wait a strike can come before the work, and an idle cluster has nothing that could move."""
+
 OFFSETS = (0, 7_200, 86_400)
 """Seconds that clusters' boot clocks are ahead, in turn."""
 
@@ -197,6 +201,8 @@ class Campaign:
         for place in range(count):
             strike = nemesis.draw(long=long and place == 0)
             if strike is not None:
+                if long and place == 0:
+                    await self._at_work(strike.target)
                 strikes.append(strike)
                 mending.append(asyncio.create_task(nemesis.strike(strike)))
             await asyncio.sleep(self._rng.uniform(0.3, 2.5))
@@ -205,6 +211,15 @@ class Campaign:
             if isinstance(result, BaseException):
                 raise result
         return [strike for strike, hit in zip(strikes, results, strict=True) if hit]
+
+    async def _at_work(self, cluster: str) -> None:
+        """Wait until the cluster has work, or long enough."""
+        end = self._clock.boot() + AT_WORK
+        while self._clock.boot() < end:
+            living = await asyncio.to_thread(self._effects.living)
+            if any(each.startswith(f"{cluster}: ") for each in living):
+                return
+            await asyncio.sleep(LOOK)
 
     async def _settle(self) -> list[str]:
         """Wait until nothing is left of the round; what is."""

@@ -31,6 +31,10 @@ CALLS_PER_SECOND = 200
 CALL_SECONDS = 10.0
 """The load that a rolling restart must not hurt: promised."""
 
+UNDER_WAY = 400
+"""Calls that may wait for their answers: two seconds of them, and the rate is held over a takeover. More would bury this process,
+in which the federation's proxies live too, on a host that cannot keep up: nothing then ever gets better."""
+
 
 # -- SIGKILL -----------------------------------------------------------------------------------------------------------
 
@@ -120,7 +124,7 @@ async def _all(items: AsyncIterator[Item]) -> list[Item]:
 
 @dataclass(slots=True)
 class Load:
-    """Calls at a steady rate, whether or not earlier ones were answered; what failed, and what was created."""
+    """Calls at a steady rate, whether or not earlier ones were answered, up to a bound; what failed, and what was created."""
 
     fed: Fed
     calls: int = 0
@@ -141,6 +145,8 @@ class Load:
             while not stop.is_set():
                 due = began + sent * period
                 await asyncio.sleep(max(0.0, due - CLOCK.boot()))
+                while len(self._under_way) >= UNDER_WAY:
+                    await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
                 self._send(client, f"{number}-{sent}", sent, target)
                 sent += 1
             await asyncio.gather(*self._under_way)
