@@ -7,7 +7,6 @@ Exit codes are those of `baton`: 0 done, 1 it failed, 2 usage, 5 no such part, 6
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -21,14 +20,14 @@ from baton.cli import render, session
 from baton.clock import SystemClock
 from baton.errors import InvalidField
 from baton.leases import PROFILES
-from lab import control, processes
+from lab import control, hints, processes
 from lab.control import NotRunning, Refused
 from lab.deleting import delete_state
 from lab.etcd_binary import EtcdNotFound
 from lab.health import headline, part_word
 from lab.layout import BadSettings, Layout, Settings, default_directory
 from lab.parts import PartFailed
-from lab.supervisor import AlreadyRunning, context_name, supervise
+from lab.supervisor import AlreadyRunning, supervise
 
 DONE, FAILED, USAGE, NO_SUCH_PART, NOTHING_RUNS = 0, 1, 2, 5, 6
 
@@ -118,12 +117,13 @@ def up(
 def _say_live(layout: Layout, settings: Settings, *, changed: bool) -> None:
     """A federation is there already: that is what was asked for, unless it is another one."""
     status = _ask(layout, "status")
-    if (how := headline(status, session.invoked(), _suffix(layout))) != status["stage"]:
+    if (how := headline(status, session.invoked(), hints.suffix(layout))) != status["stage"]:
         click.echo(how)
     click.echo(f"already {status['stage']} in {layout.directory}")
-    _say_hints(status)
+    hints.say(status)
     if changed and Settings(**{**status["settings"], "clusters": tuple(status["settings"]["clusters"])}) != settings:
-        click.echo("it is not what these options ask for: `baton local down` first, or another --directory", err=True)
+        first = f"{session.invoked()} local down{hints.suffix(layout)}"
+        click.echo(f"it is not what these options ask for: `{first}` first, or another --directory", err=True)
         raise SystemExit(FAILED)
 
 
@@ -138,7 +138,9 @@ def _run_here(layout: Layout, settings: Settings) -> None:
     except (AlreadyRunning, EtcdNotFound, PartFailed, InvalidField, OSError) as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(FAILED) from None
-    click.echo(f"stopped; `{session.invoked()} local up` goes on with what is in {layout.directory}")
+    click.echo(
+        f"stopped; `{session.invoked()} local up{hints.suffix(layout)}` goes on with what is in {layout.directory}"
+    )
 
 
 def _start_detached(layout: Layout, settings: Settings) -> None:
@@ -190,23 +192,7 @@ def _say_ready(status: dict[str, Any]) -> None:
     if status["warning"]:
         click.echo(status["warning"], err=True)
     click.echo(f"ready: etcd {status['etcd_version']}")
-    _say_hints(status)
-
-
-def _say_hints(status: dict[str, Any]) -> None:
-    layout, baton = Layout(Path(status["directory"])), session.invoked()
-    click.echo(f"  address  {','.join(status['endpoints'])}  (context {context_name(layout)})")
-    click.echo(f"  logs     {status['logs']}")
-    click.echo("try")
-    click.echo(f"  {baton} get clusters")
-    click.echo(f"  {baton} run examples/timezones/graph.yaml --wait")
-    click.echo(f"  {baton} local kill {status['settings']['clusters'][0]}{_suffix(layout)}")
-
-
-def _suffix(layout: Layout) -> str:
-    """The flags that name the directory, if it needs any."""
-    elsewhere = layout.directory != default_directory(os.environ).absolute()
-    return f" --directory {layout.directory}" if elsewhere else ""
+    hints.say(status)
 
 
 @local.command()
@@ -245,9 +231,9 @@ def down(delete: bool, directory: Path | None) -> None:
 
 
 @local.command()
-@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@session.output("table", "json", "yaml")
 @_in_directory
-def status(output: str, directory: Path | None) -> None:
+def status(form: str, directory: Path | None) -> None:
     """Show every part: how it is, its network, its process.
 
     \b
@@ -256,10 +242,10 @@ def status(output: str, directory: Path | None) -> None:
     """
     layout = _layout(directory)
     found = _ask(layout, "status")
-    if output == "json":
-        click.echo(json.dumps(found, indent=2))
+    if form != "table":
+        render.echo_data(found, form)
         return
-    click.echo(headline(found, session.invoked(), _suffix(layout)))
+    click.echo(headline(found, session.invoked(), hints.suffix(layout)))
     click.echo(f"profile {found['profile']}  etcd {found['etcd_version']}  logs {found['logs']}\n")
     rows = [["etcd", "etcd", found["store"]["state"], "-", str(found["store"]["pid"] or "-"), "-"]]
     for kind, group in (("replica", found["replicas"]), ("cluster", found["clusters"])):
@@ -285,14 +271,15 @@ def kill(name: str, agent_only: bool, directory: Path | None) -> None:
       baton local kill replica-1
     """
     layout = _layout(directory)
+    hint = f"`{session.invoked()} local start {name}{hints.suffix(layout)}` brings it back"
     before = part_word(_ask(layout, "status"), name)
     _ask(layout, "kill", name=name, flag=agent_only)
     if before == "dead" or (agent_only and before == "agent dead"):
         what = f"the agent of {name}" if agent_only else name
-        click.echo(f"{what} was dead already; `{session.invoked()} local start {name}{_suffix(layout)}` brings it back")
+        click.echo(f"{what} was dead already; {hint}")
         return
     what = f"the agent of {name} was killed" if agent_only else f"{name} was killed, everything of it"
-    click.echo(f"{what}; `{session.invoked()} local start {name}` brings it back")
+    click.echo(f"{what}; {hint}")
 
 
 @local.command()
@@ -320,8 +307,9 @@ def freeze(name: str, everything: bool, directory: Path | None) -> None:
     Example:
       baton local freeze us
     """
-    _ask(_layout(directory), "freeze", name=name, flag=everything)
-    click.echo(f"{name} is frozen; `{session.invoked()} local thaw {name}` lets it go on")
+    layout = _layout(directory)
+    _ask(layout, "freeze", name=name, flag=everything)
+    click.echo(f"{name} is frozen; `{session.invoked()} local thaw {name}{hints.suffix(layout)}` lets it go on")
 
 
 @local.command()
@@ -348,8 +336,11 @@ def cut(name: str, directory: Path | None) -> None:
     Example:
       baton local cut ap
     """
-    _ask(_layout(directory), "cut", name=name)
-    click.echo(f"{name} is cut off; `{session.invoked()} local heal {name}` gives its network back")
+    layout = _layout(directory)
+    _ask(layout, "cut", name=name)
+    click.echo(
+        f"{name} is cut off; `{session.invoked()} local heal {name}{hints.suffix(layout)}` gives its network back"
+    )
 
 
 @local.command()
@@ -371,7 +362,8 @@ def _ask(layout: Layout, order: str, **words: Any) -> dict[str, Any]:
     try:
         return control.ask(layout, order, **words)
     except NotRunning:
-        click.echo(f"nothing is running in {layout.directory}; `{session.invoked()} local up` starts it", err=True)
+        start = f"{session.invoked()} local up{hints.suffix(layout)}"
+        click.echo(f"nothing is running in {layout.directory}; `{start}` starts it", err=True)
         raise SystemExit(NOTHING_RUNS) from None
     except Refused as refused:
         click.echo(f"error: {refused}", err=True)

@@ -58,7 +58,7 @@ class Settings:
             raise BadSettings(f"--clusters names {len(self.clusters)}; it must name 1 to {MAX_CLUSTERS}, with commas")
         for name in self.clusters:
             if problem := names.id_problem(name):
-                raise BadSettings(f"--clusters: {names.quote(name)} {problem}")
+                raise BadSettings(f"--clusters: a name {problem}")
             if name == ETCD or name.startswith("replica-"):
                 raise BadSettings(f"--clusters: {name!r} is the name of another part of the federation")
         if len(set(self.clusters)) < len(self.clusters):

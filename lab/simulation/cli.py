@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 from control_plane.core.events import AttemptsFinished, AttemptsLost
 from control_plane.core.model import AttemptState
@@ -19,6 +20,7 @@ from lab.checking.history import Violation
 from lab.checking.judging import judge
 from lab.exhaustive import hunt
 from lab.simulation import sabotage
+from lab.simulation.apart import SEEDS, apart
 from lab.simulation.faults import KINDS
 from lab.simulation.record import tally
 from lab.simulation.removal import swapped
@@ -164,15 +166,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _many(seeds: range, shape: Shape, jobs: int) -> Iterator[Verdict]:
-    jobs = min(jobs, len(seeds))
-    if jobs <= 1:
-        for seed in seeds:
-            yield try_seed(seed, shape)
+    jobs = max(1, min(jobs, len(seeds)))
+    # A few at a time, and at the end no process waits long for another.
+    step = max(1, min(SEEDS, len(seeds) // (4 * jobs)))
+    parts = [seeds[start : start + step] for start in range(0, len(seeds), step)]
+    if jobs == 1:
+        for part in parts:
+            yield from _try_apart(part, shape)
         return
     with ProcessPoolExecutor(jobs) as pool:
-        # A few at a time: the answer of a seed costs a switch of processes, and the last ones must not wait for one process.
-        chunk = max(1, min(8, len(seeds) // (4 * jobs)))
-        yield from pool.map(try_seed, seeds, [shape] * len(seeds), chunksize=chunk)
+        for verdicts in pool.map(_try_apart, parts, repeat(shape)):
+            yield from verdicts
+
+
+def _try_apart(seeds: range, shape: Shape) -> list[Verdict]:
+    return apart(lambda: [try_seed(seed, shape) for seed in seeds])
 
 
 def _one(seed: int, shape: Shape, *, whole: bool) -> int:

@@ -11,10 +11,13 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 
 from lab.checking.history import Violation
 from lab.checking.judging import judge
 from lab.simulation import removals_agent, removals_fleet, removals_store
+from lab.simulation.apart import SEEDS as AT_ONCE
+from lab.simulation.apart import apart
 from lab.simulation.removal import Removal, swapped
 from lab.simulation.world import simulate
 
@@ -57,14 +60,26 @@ def hunt(name: str, base: int | None, tries: int, until: float) -> Caught:
     """Try `tries` seeds from `base`, or from the known one, until the removal is caught. `until`: monotonic time of giving up."""
     begin, tried = time.monotonic(), 0
     first = REMOVALS[name].seed if base is None else base
-    for seed in range(first, first + tries):
+    seeds = range(first, first + tries)
+    while tried < tries and time.monotonic() < until:
+        more, seed, found = apart(partial(_try, name, seeds[tried : tried + AT_ONCE], until))
+        tried += more
+        if found is not None:
+            return Caught(name, seed, tried, found, time.monotonic() - begin)
+    return Caught(name, -1, tried, None, time.monotonic() - begin)
+
+
+def _try(name: str, seeds: range, until: float) -> tuple[int, int, Violation | None]:
+    """How many of these seeds were tried, and the one that catches the removal."""
+    tried = 0
+    for seed in seeds:
         if time.monotonic() > until:
             break
         tried += 1
         found = verdict(name, seed, removed=True)
         if found is not None and verdict(name, seed, removed=False) is None:
-            return Caught(name, seed, tried, found, time.monotonic() - begin)
-    return Caught(name, -1, tried, None, time.monotonic() - begin)
+            return tried, seed, found
+    return tried, -1, None
 
 
 def chosen(words: str) -> list[str] | None:
