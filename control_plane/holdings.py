@@ -76,7 +76,8 @@ class Holdings:
     def reported(self) -> None:
         """A capacity report was heard: note what each new one includes."""
         if self._machine.bare:
-            self._bases.clear()  # as if none had been heard: whatever comes later is in none of them
+            if self._bases:
+                self._bases.clear()  # as if none had been heard: whatever comes later is in none of them
             return
         fresh = [
             uid
@@ -97,6 +98,9 @@ class Holdings:
 
     def uses(self) -> list[Use]:
         """What is held, or has changed since the last report, now."""
+        if not self._bases and not self._machine.holding:
+            self._groups.clear()
+            return []
         found: list[Use] = []
         keys: set[str] = set()
         for uid in self._view.table.clusters:

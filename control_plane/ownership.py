@@ -159,12 +159,11 @@ class Ownership:
         """Owner keys have changed, and this is all of them: look soon if one that should be ours is free, or one that we hold is
         not ours any more. (The first may still be on its way to us, the second on its way to whoever tells us.)"""
         me, held, wanted = self._member.replica, self._controller.owned(), self._wanted[1]
-        for shard in ALL_SHARDS:
-            owner = owners.get(shard)
-            lost = shard in held and (owner is None or owner.replica != me)
-            if lost or (owner is None and wanted.get(shard) == me):
-                self.nudge()
-                return
+        lost = any((owner := owners.get(shard)) is None or owner.replica != me for shard in held)
+        if lost or (
+            len(owners) < len(ALL_SHARDS) and any(wanted[shard] == me for shard in wanted.keys() - owners.keys())
+        ):
+            self.nudge()
 
     async def run(self) -> None:
         """Join, register, and hold what the ring says, until cancelled. Raises IncompatibleFederation, Corrupt."""

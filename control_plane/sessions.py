@@ -343,12 +343,12 @@ class Sessions:
                     self._refuse(session, "RESTORE_SUSPECTED", RESTORED, RESTORE_PAUSE)
         if what != "owners":
             return
-        for shard in RUN_SHARDS:
-            mark = info.nonce if (info := self._view.owners.get(shard)) else ""
-            if mark and self._owners_seen.get(shard) != mark:
-                self._owners_seen[shard] = mark
-                for session in self._by_cluster.values():
-                    self._tell_inventory(session, shard)
+        seen, owners = self._owners_seen, self._view.owners
+        changed = [shard for shard, info in owners.items() if seen.get(shard) != info.nonce and shard != FLEET]
+        for shard in sorted(changed, key=RUN_SHARDS.index):
+            seen[shard] = owners[shard].nonce
+            for session in self._by_cluster.values():
+                self._tell_inventory(session, shard)
 
     # -- down ---------------------------------------------------------------------------------------------------------
 

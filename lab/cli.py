@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from baton import contexts
 from baton.cli import render, session
 from baton.clock import SystemClock
 from baton.errors import InvalidField
@@ -101,7 +102,9 @@ def up(
     try:
         settings = replace(layout.stored_settings() or Settings(), **asked).checked()  # type: ignore[arg-type]
         layout.make()
-    except BadSettings as error:
+        if not layout.is_live():
+            contexts.check_writable(os.environ)
+    except (BadSettings, InvalidField) as error:
         raise click.UsageError(str(error)) from None
     except OSError as error:
         message = f"{layout.directory} cannot hold a federation ({error.strerror}); name another with --directory"

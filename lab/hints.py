@@ -34,7 +34,7 @@ def say(status: dict[str, Any]) -> None:
     if Path(EXAMPLE).is_file():
         click.echo(f"  {baton} run {EXAMPLE} --wait{context}")
     else:
-        click.echo(f"  {baton} init hello.yaml && {baton} run hello.yaml --wait{context}")
+        click.echo(f"  {baton} init - | {baton} run - --wait{context}")
     click.echo(f"  {baton} local kill {status['settings']['clusters'][0]}{suffix(layout)}")
 
 

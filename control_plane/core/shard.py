@@ -173,6 +173,11 @@ class RunShard:
         """Attempts whose reservation is on a cluster, by group; those of archived runs are not counted."""
         return self._state.held.get(cluster, {})
 
+    @property
+    def holding(self) -> bool:
+        """Whether `held_on` has anything to tell, of any cluster."""
+        return any(self._state.held.values())
+
     def group(self, key: str) -> Group | None:
         """A group of which live runs have tasks."""
         lane = self._state.lanes.get(key)

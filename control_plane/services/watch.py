@@ -45,7 +45,8 @@ class Bells:
     """Who waits for which run. A `controller.Listener`."""
 
     def __init__(self) -> None:
-        self._waiting: dict[tuple[str, str], set[asyncio.Event]] = {}
+        self._waiting: dict[tuple[str, str], dict[asyncio.Event, None]] = {}
+        """In the order of their coming: a set would wake them in the order of their addresses, another one in each process."""
 
     def taken(self, shard: OwnedShard) -> None:
         """Nobody watches a shard that was not here."""
@@ -68,12 +69,12 @@ class Bells:
     def waiting(self, shard: str, uid: str) -> Iterator[asyncio.Event]:
         """An event that is set when the run may have changed."""
         event = asyncio.Event()
-        self._waiting.setdefault((shard, uid), set()).add(event)
+        self._waiting.setdefault((shard, uid), {})[event] = None
         try:
             yield event
         finally:
             others = self._waiting[shard, uid]
-            others.discard(event)
+            del others[event]
             if not others:
                 del self._waiting[shard, uid]
 

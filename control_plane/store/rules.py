@@ -28,7 +28,8 @@ def check_txn(txn: Txn) -> None:
             raise NotApplied("a key is empty")
         if not item.key.isascii():
             raise NotApplied(f"key {item.key!r} is not ASCII")
-    _refuse_double_writes(txn.success)
+    if not all(isinstance(op, Get) for op in txn.success):
+        _refuse_double_writes(txn.success)
     size = txn_bytes(txn)
     if size > MAX_REQUEST_BYTES:
         raise NotApplied(f"the transaction is {size} bytes, more than {MAX_REQUEST_BYTES}")

@@ -14,6 +14,7 @@ import asyncio
 import contextvars
 import heapq
 import random
+import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from enum import Enum
@@ -90,7 +91,7 @@ class Node:
     def kill(self) -> None:
         """SIGKILL."""
         self.life = Life.DEAD
-        self._loop.graveyard += [task for task in asyncio.all_tasks(self._loop) if getattr(task, "node", None) is self]
+        self._loop.graveyard += [task for task in self._loop.living() if task.node is self]
 
     def hold(self, handle: asyncio.Handle) -> None:
         """Keep a callback for the thaw; a dead node's for its burial."""
@@ -154,8 +155,9 @@ class SimLoop(VirtualLoop):
         self.buried = False
         """The run is over: even dead nodes' callbacks run now, so that their tasks can be cancelled."""
         self.spawned: set[asyncio.Task[Any]] = set()
-        self.graveyard: list[asyncio.Task[Any]] = []
+        self.graveyard: list[SimTask] = []
         """Tasks of dead nodes, kept from the garbage collector, which would run their `finally`."""
+        self._made: weakref.WeakSet[SimTask] = weakref.WeakSet()
         self._order = shuffle
         self._numbers = self._set = 0
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
@@ -170,14 +172,20 @@ class SimLoop(VirtualLoop):
         self._numbers += 1
         context = options.get("context")
         node = NODE.get() if context is None else context.get(NODE)
-        return SimTask(work, loop=self, number=self._numbers, node=node, **options)
+        task = SimTask(work, loop=self, number=self._numbers, node=node, **options)
+        self._made.add(task)
+        return task
+
+    def living(self) -> list[SimTask]:
+        """Tasks that have not ended. (asyncio's own set is of all loops there ever were.)"""
+        return [task for task in self._made if not task.done()]
 
     def bury(self) -> None:
         """The run is over: cancel what is left, the tasks of dead nodes too."""
         self.buried = True
         for node in self.nodes:
             node.bury()
-        left = {*self.graveyard, *(task for task in asyncio.all_tasks(self) if not task.done())}
+        left = {*self.graveyard, *self.living()}
         for task in sorted(left, key=hash):
             task.cancel()
         if left:

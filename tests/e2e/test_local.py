@@ -286,6 +286,8 @@ def test_a_supervisor_that_is_killed_takes_everything_with_it(home: Home) -> Non
 
 def test_nothing_runs_and_bad_settings(home: Home) -> None:
     home.baton("local", "kill", "eu", code=6)
+    there = home.baton("local", "kill", "eu", "--directory", str(home.path / "none"), code=6)
+    assert f"local up --directory {home.path / 'none'}`" in there.stderr  # a hint is pasted
     home.baton("local", "down")
     home.baton("local", "up", "--replicas", "0", code=2)
     assert "twice" in home.baton("local", "up", "--clusters", "eu,eu", code=2).stderr

@@ -210,7 +210,14 @@ async def test_ctrl_c_detaches_and_says_how_to_go_on(baton: Shell) -> None:
         (("logs", "nightly"), 2, "RUN/TASK"),
         (("get", "nonsense"), 2, "clusters"),
         (("nonsense",), 2, "nonsense"),
-        (("run", "none.yaml"), 2, "none.yaml:1"),
+        (("run", "none.yaml"), 2, "none.yaml: cannot be read: No such file or directory. Fix: check the path"),
+        (("run", ""), 2, "names no file"),
+        (("init", ""), 2, "FILE is empty"),
+        (("get",), 2, "Name one of runs, run"),
+        (("submit", "g.yaml"), 2, " run FILE`"),
+        (("status",), 2, "describe RUN"),
+        (("help",), 2, "--help"),
+        (("describe", "cluster", "a/b"), 2, "write CLUSTER or clusters/CLUSTER"),
         (("run", "."), 2, "directory"),
         (("run", "g.yaml", "--deadline", "5"), 2, "units"),
         (("run", "g.yaml", "--deadline", "2020-01-01T00:00:00Z"), 2, "past"),
@@ -353,6 +360,45 @@ async def test_a_taken_name_is_answered_with_the_two_places_where_another_can_be
 async def test_hints_are_written_as_the_command_was(baton: Shell) -> None:
     baton.env["BATON_COMMAND"] = "scripts/baton"
     assert "scripts/baton watch nightly" in (await baton("run", baton.graph())).err
+
+
+async def test_hints_lead_to_the_federation_that_the_command_was_told(baton: Shell) -> None:
+    (baton.folder / ".config/baton/contexts.toml").unlink()
+    done = await baton("--endpoint", baton.replica.address, "run", baton.graph(), "-n", "team")
+    hint = next(line for line in done.err.splitlines() if "watch:" in line)
+    words = hint.partition("watch nightly ")[2].split()
+    assert words == ["-n", "team", "--endpoint", baton.replica.address]
+    assert (await baton("watch", "nightly", *words)).code == 0
+
+
+async def test_streams_that_are_closed_or_full_end_in_words(baton: Shell) -> None:
+    async def in_shell(line: str) -> Done:
+        process = await asyncio.create_subprocess_exec(
+            "sh", "-c", f'"{sys.executable}" -m baton.cli {line}', env=baton.env, cwd=baton.folder,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, err = await asyncio.wait_for(process.communicate(), 60)
+        return Done(process.returncode or 0, out.decode(), err.decode())
+
+    baton.graph()
+    full = "error: the output cannot be read or written: No space left on device\n"
+    for line in ("version", "get runs", "get clusters -o json", "init -", "--help"):
+        assert await in_shell(f"{line} >/dev/full") == Done(6, "", full)
+        assert await in_shell(f"{line} >&-") == Done(0, "", "")
+    assert await in_shell("get run none 2>&-") == Done(5, "", "")
+    assert await in_shell("nonsense 2>&-") == Done(2, "", "")
+    done = await in_shell("validate - <&-")
+    assert (done.code, "-:1: is empty" in done.err) == (2, True)
+
+
+async def test_ctrl_c_in_a_watch_as_json_is_not_told_to_look_before_repeating(baton: Shell) -> None:
+    await baton("run", baton.graph(outcome="HANG"))
+    process = await baton.start("watch", "nightly", "--json")
+    async with asyncio.timeout(60):
+        await baton.replica.called("WatchRun")
+        process.send_signal(signal.SIGINT)
+        _, err = await process.communicate()
+    assert (process.returncode, err) == (130, b"interrupted\n")
 
 
 async def test_o8_a_run_of_unknown_effect_can_be_repeated_as_the_error_says(baton: Shell) -> None:

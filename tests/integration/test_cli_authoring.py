@@ -55,6 +55,8 @@ async def test_validate_as_json_names_line_field_and_fix(cli: Shell) -> None:
     bad.write_text("apiVersion: baton/v1\nkind: Graph\nspec: {tasks: [{id: a, argv: [x], retyr: 1}]}\n")
     done = await cli("validate", good, "-o", "json")
     assert json.loads(done.out) == {"good": True, "tasks": 2, "problems": []}
+    (missing,) = json.loads((await cli("validate", "none.yaml", "--json")).out)["problems"]
+    assert (missing["line"], missing["file"], missing["fix"]) == (None, "none.yaml", "check the path")
     done = await cli("validate", "bad.yaml", "--json")
     assert done.code == 2
     (problem,) = json.loads(done.out)["problems"]
@@ -184,7 +186,9 @@ async def test_the_script_works_in_bash(cli: Shell) -> None:
 
 async def test_a_wrong_flag_names_the_right_one(cli: Shell) -> None:
     for argv, right in (
-        (["get", "runs", "--json"], "use -o json"),
+        (["init", "--json"], "No such option"),
+        (["get", "runs", "-o", "jsn"], "'table', 'wide', 'json', 'yaml', 'name'"),
+        (["describe", "x", "-o", "wide"], "'text', 'json'"),
         (["run", "x", "--server", "y"], "use --endpoint"),
         (["run", "x", "--watch"], "use --wait"),
         (["timeline", "x", "--format", "json"], "use --json"),
@@ -212,6 +216,9 @@ async def test_what_prints_data_prints_it_as_json(cli: Shell) -> None:
     ):
         done = await cli(*argv, "-o", "json")
         assert key in json.loads(done.out), argv
+    for argv in (["get", "runs"], ["get", "clusters"], ["get", "task", "nightly/a"], ["admin", "namespaces"]):
+        same = [json.loads((await cli(*argv, *form)).out) for form in (["-o", "json"], ["--json"], ["-ojson"])]
+        assert same[0] == same[1] == same[2], argv
 
 
 async def test_ctrl_c_ends_a_command_as_shells_expect(cli: Shell) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 import pytest
 
-from baton import client_call, client_streams, errors
+from baton import client_call, client_streams, contexts, errors
 from baton.client import AsyncClient, Tls
 from baton.v1 import graph_pb2, run_pb2
 from tests.integration.small_federation import Fault, Replica, State
@@ -290,6 +291,77 @@ async def test_operators_calls(world: World, client: AsyncClient) -> None:
     assert (await client.confirm_restored(), await client.confirm_restored(now=True)) == (2, 3)
     assert [replica.id for replica in await client.list_replicas()] == ["r1"]
     assert b"".join([piece async for piece in client.backup()]) == b"snapshot"
+
+
+async def test_short_names_are_those_of_the_clients_namespace(world: World) -> None:
+    async with AsyncClient(world.addresses, namespace="team") as client:
+        created = await client.create_run(graph(1), deadline=soon(), run_id="short")
+        assert created.name == "namespaces/team/runs/short"
+        assert (await client.get_run("short")).name == (await client.get_run(created.name)).name == created.name
+        assert (await client.wait_run("short")).state == run_pb2.RUN_STATE_SUCCEEDED
+        assert [task.id async for task in client.list_tasks("short")] == ["t0"]
+        assert [task.id async for task in client.as_completed("short")] == ["t0"]
+        assert (await client.get_task("short/t0")).result == b"result of t0"
+        assert b"".join([piece.data async for piece in client.follow_logs("short/t0", follow=False)])
+        assert [message.run.name async for message in client.watch_run("short") if message.HasField("run")]
+        assert [run.name async for run in client.list_runs()] == [created.name]
+        assert (await client.get_cluster("eu")).name == "clusters/eu"
+        assert (await client.cordon_cluster("eu")).admission == 2
+        with pytest.raises(errors.NotFound):
+            await client.get_run("namespaces/default/runs/short")
+
+
+async def test_what_is_no_name_is_refused_before_it_is_sent(world: World, client: AsyncClient) -> None:
+    for asked, forms in (
+        (client.get_run("A b"), "RUN or namespaces/NAMESPACE/runs/RUN"),
+        (client.cancel_run(""), "RUN or namespaces/NAMESPACE/runs/RUN"),
+        (client.get_task("nightly"), "RUN/TASK or namespaces/NAMESPACE/runs/RUN/tasks/TASK"),
+        (client.get_graph("a/b"), "GRAPH or namespaces/NAMESPACE/graphs/GRAPH"),
+        (client.drain_cluster("eu/1"), "CLUSTER or clusters/CLUSTER"),
+        (client.get_trace("A"), "RUN or namespaces/NAMESPACE/runs/RUN"),
+        (client.artifacts.read("A", "t", "x"), "RUN or namespaces/NAMESPACE/runs/RUN"),
+    ):
+        with pytest.raises(errors.InvalidField) as caught:
+            await asked
+        assert forms in str(caught.value)
+        assert caught.value.applied == errors.NOT_APPLIED
+        assert len(caught.value.field_violations) == 1
+    assert [replica.calls for replica in world.replicas] == [[], []]
+
+
+async def test_without_an_endpoint_it_is_the_current_context(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = {"BATON_CONFIG": str(tmp_path / "contexts.toml")}
+    monkeypatch.setenv("BATON_CONFIG", file["BATON_CONFIG"])
+    for name in ("BATON_ENDPOINT", "BATON_CONTEXT", "BATON_NAMESPACE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(errors.InvalidField, match="no federation is named"):
+        AsyncClient()
+    contexts.write_context("other", ["127.0.0.1:1"], env=file)
+    contexts.write_context("here", world.addresses, namespace="team", env=file)
+    async with AsyncClient() as client:
+        assert client.namespace == "team"
+        assert [each.id for each in await client.list_replicas()] == ["r1"]
+    assert AsyncClient(context="other", namespace="mine").namespace == "mine"
+    with pytest.raises(errors.InvalidField, match="known: here, other"):
+        AsyncClient(context="none")
+    contexts.remove_context("here", env=file)
+    with pytest.raises(errors.InvalidField, match=r"known: other\): choose one with --context NAME or BATON_CONTEXT"):
+        AsyncClient()
+    (tmp_path / "contexts.toml").write_text("current = ")
+    with pytest.raises(errors.InvalidField, match=r"contexts\.toml: is not TOML"):
+        AsyncClient()
+    assert AsyncClient("127.0.0.1:1").namespace == "default"  # what is given needs no file
+
+
+async def test_arguments_that_cannot_be_meant_are_named(world: World, client: AsyncClient) -> None:
+    with pytest.raises(errors.InvalidField, match="deadline: '5m' is no moment: give seconds since the epoch"):
+        await client.create_run(graph(), deadline="5m")  # type: ignore[arg-type]
+    with pytest.raises(errors.InvalidField, match="timeout is -1"):
+        AsyncClient(world.addresses, timeout=-1)
+    with pytest.raises(errors.InvalidField, match="namespace 'A'"):
+        AsyncClient(world.addresses, namespace="A")
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1:80", "example.com:80", "0.0.0.0:80", "[2001:db8::1]:80"])

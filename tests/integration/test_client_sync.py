@@ -186,8 +186,12 @@ def test_without_an_endpoint_it_is_the_current_context(
         "here", [replica.address], namespace="team", env={"BATON_CONFIG": str(tmp_path / "contexts.toml")}
     )
     with baton.Client() as client:
-        assert client.namespace == "team"
+        assert client.namespace == client.asyncio.namespace == "team"
         assert [each.id for each in client.list_replicas()] == ["r1"]
+        assert client.create_run(spec(), deadline=in_five_minutes(), run_id="r").name == "namespaces/team/runs/r"
+        assert client.get_task("r/t0").id == "t0"
+    with pytest.raises(errors.InvalidField, match="no endpoint is given"):
+        baton.Client([])  # computed, and empty: not the current context by accident
 
 
 def programs(name: str, count: int) -> baton.Graph:

@@ -20,7 +20,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 
 from baton import errors, names, traces
 from baton.client import AsyncClient
-from baton.v1 import graph_pb2, run_pb2, trace_pb2
+from baton.v1 import graph_pb2, run_pb2, trace_pb2, trace_pb2_grpc
 from baton.webport import WebPort
 from control_plane import archiver
 from control_plane.core.span_model import trace_id_of
@@ -200,6 +200,8 @@ async def check_views(node: Node, spans: list[trace_pb2.Span]) -> None:
     assert all(line.startswith("*") for line in lines)
     otlp = json.loads(await baton(node, "trace", "story", "-o", "otlp"))
     assert otlp == traces.otlp(spans)
+    plain = json.loads(await baton(node, "trace", "story", "--json"))
+    assert [each["spanId"] for each in plain["spans"]] == [each.span_id for each in spans]
     jaeger = json.loads(await baton(node, "trace", "story", "-o", "jaeger"))
     assert jaeger == traces.jaeger(spans)
     async with web(node) as port:
@@ -239,10 +241,16 @@ async def test_a_trace_comes_in_parts_and_with_otlp_if_wanted(monkeypatch: pytes
 
 async def test_what_is_not_there_and_what_is_no_name() -> None:
     async with rig("r1") as federation, AsyncClient([federation.nodes[0].server.address]) as client:
-        with pytest.raises(errors.NotFound):
-            await client.get_trace("namespaces/default/runs/none")
+        for none in ("none", "namespaces/default/runs/none"):
+            with pytest.raises(errors.NotFound):
+                await client.get_trace(none)
         with pytest.raises(errors.InvalidField):
-            await client.get_trace("none")
+            await client.get_trace("none/such")
+        async with grpc.aio.insecure_channel(federation.nodes[0].server.address) as channel:
+            short = trace_pb2_grpc.TraceServiceStub(channel).GetTrace(trace_pb2.GetTraceRequest(run="none"), timeout=10)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:  # only clients complete names
+                await anext(aiter(short))
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_a_collector_that_is_down_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,15 @@ def test_one_seed_is_one_run() -> None:
     assert first.stdout.splitlines()[:-1] == second.stdout.splitlines()[:-1]
 
 
+def test_what_ran_before_in_a_process_changes_nothing() -> None:
+    """A failing seed of a thousand must fail alone, too: no order may come from addresses."""
+    story = "from lab.simulation import cli, world; print(*(cli.try_seed(s, world.Shape()).digest for s in (5001, 5003) * 2))"
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    done = subprocess.run([sys.executable, "-c", story], env=environment, capture_output=True, text=True, check=True)
+    first, second, *again = done.stdout.split()
+    assert [first, second] == again
+
+
 # -- nodes -----------------------------------------------------------------------------------------------------------------
 
 

@@ -242,18 +242,20 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for path, line, word in (
-        (tmp_path, 1, "directory"),
-        (tmp_path / "none.yaml", 1, "No such file"),
+        (tmp_path, 0, "is a directory. Fix: name a YAML file, or `-`"),
+        (tmp_path / "none.yaml", 0, "No such file"),
         (latin, 2, "UTF-8"),
-        (large, 1, "larger"),
-        (pipe, 1, "regular"),
-        (tmp_path / ("x" * 5000), 1, "too long"),
-        ("a\0b", 1, "null"),
+        (large, 0, "larger"),
+        (pipe, 0, "regular"),
+        (tmp_path / ("x" * 5000), 0, "too long"),
+        ("a\0b", 0, "null"),
+        ("", 0, "'': names no file"),
     ):
         with pytest.raises(graphfile.GraphFileError) as caught:
             graphfile.load(str(path))
         assert caught.value.problems[0].line == line
         assert word in str(caught.value)
+        assert (":1:" in str(caught.value)) is (line == 1)  # a file that cannot be read has no line 1
 
 
 def test_here_is_the_folder_of_the_file(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from baton import contexts
 from control_plane.store.versions import Support
-from lab import etcd_binary
+from lab import etcd_binary, hints
 from lab.federation import Federation
 from lab.health import headline, part_word
 from lab.layout import Layout, Settings
+from lab.supervisor import context_name
 
 
 def status(stage: str = "running", **parts: tuple[str, str]) -> dict[str, Any]:
@@ -35,6 +37,33 @@ def test_whatever_is_wrong_is_said_with_its_cure() -> None:
         " scripts/baton local thaw replica-1 --directory d; scripts/baton local heal replica-1 --directory d;"
         " scripts/baton local start eu --directory d"
     )
+
+
+def test_hints_can_be_pasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("BATON_CONTEXT", "BATON_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("BATON_COMMAND", "baton")
+    monkeypatch.setenv("BATON_CONFIG", str(tmp_path / "contexts"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    usual, elsewhere = Layout(tmp_path / "state" / "baton" / "local"), Layout(tmp_path / "my fed")
+    assert hints.suffix(usual) == ""
+    assert hints.suffix(elsewhere) == f" --directory '{elsewhere.directory}'"
+    env = {"BATON_CONFIG": str(tmp_path / "contexts")}
+    contexts.write_context(context_name(usual), ["127.0.0.1:1"], env=env)
+    assert hints.context_flag(usual) == ""
+    contexts.write_context("prod", ["127.0.0.1:2"], env=env)  # now the current one
+    assert hints.context_flag(usual) == " --context local"
+    settings = {"clusters": ["eu", "us"]}
+    told = {"directory": str(usual.directory), "endpoints": ["127.0.0.1:1"], "logs": "logs", "settings": settings}
+    hints.say(told)
+    assert "  baton init - | baton run - --wait --context local\n" in capsys.readouterr().out
+    Path(hints.EXAMPLE).parent.mkdir(parents=True)
+    Path(hints.EXAMPLE).touch()
+    hints.say(told)
+    assert f"baton run {hints.EXAMPLE} --wait --context local\n" in capsys.readouterr().out
 
 
 def test_how_one_part_is() -> None:

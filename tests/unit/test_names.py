@@ -54,6 +54,45 @@ def test_task_ids_may_look_like_functions_and_modules() -> None:
     assert names.task_id_problem("a\n") is not None
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "full"),
+    [
+        ("run", "r", "namespaces/team/runs/r"),
+        ("run", "namespaces/x/runs/r", "namespaces/x/runs/r"),
+        ("task", "r/a.b", "namespaces/team/runs/r/tasks/a.b"),
+        ("task", "namespaces/x/runs/r/tasks/t", "namespaces/x/runs/r/tasks/t"),
+        ("graph", "g", "namespaces/team/graphs/g"),
+        ("graph", "namespaces/x/graphs/g", "namespaces/x/graphs/g"),
+        ("cluster", "eu", "clusters/eu"),
+        ("cluster", "clusters/eu", "clusters/eu"),
+        ("cluster", "clusters", "clusters/clusters"),
+    ],
+)
+def test_a_short_name_is_completed_and_a_full_one_stays(kind: names.Kind, text: str, full: str) -> None:
+    assert names.full_name(kind, text, "team") == full
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts", "forms"),
+    [
+        (
+            "run",
+            ["", "A b", "a/b", "clusters/eu", "namespaces/x/run/y", "a" * 64],
+            "RUN or namespaces/NAMESPACE/runs/RUN",
+        ),
+        ("task", ["r", "r/", "/t", "r/t/u", "r/T"], "RUN/TASK or namespaces/NAMESPACE/runs/RUN/tasks/TASK"),
+        ("graph", ["a_b", "namespaces/x/runs/y"], "GRAPH or namespaces/NAMESPACE/graphs/GRAPH"),
+        ("cluster", ["a.b", "clusters/a/b", "x" * 1_000_000], "CLUSTER or clusters/CLUSTER"),
+    ],
+)
+def test_what_is_no_name_is_answered_with_the_forms_that_are(kind: names.Kind, texts: list[str], forms: str) -> None:
+    for text in texts:
+        with pytest.raises(names.InvalidName, match=f"names no {kind}") as caught:
+            names.full_name(kind, text, "team")
+        assert str(caught.value).endswith(f"write {forms}")
+        assert len(str(caught.value)) < 400
+
+
 def test_wrong_collections_are_refused() -> None:
     for text in ("namespaces/a/graphs/b", "runs/b", "namespaces/a/runs", "namespaces/a/runs/b/tasks/c", "/" * 5_000):
         with pytest.raises(names.InvalidName):

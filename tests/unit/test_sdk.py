@@ -169,12 +169,60 @@ def test_a_function_nobody_can_import_is_refused() -> None:
 
 
 def test_unknown_options_and_bad_values_are_named() -> None:
-    with pytest.raises(TypeError, match="retries"):
+    with pytest.raises(
+        TypeError, match=r"@task: 'retries' is no option; did you mean 'retry'.*requirements, retry, timeout"
+    ):
         task(retries=3)
+    with pytest.raises(TypeError, match=r"load\.using\(\): 'timeuot' is no option; did you mean 'timeout'"):
+        load.using(timeuot="1m")
+    with pytest.raises(TypeError, match="'zzz' is no option; The options are"):
+        task(zzz=1)
+    with pytest.raises(TypeError, match="3 is no function"):
+        task(3)  # type: ignore[call-overload]
+    graph = Graph()
+    for wrong, right in (("mem", "memory"), ("depends_on", "after"), ("environ", "env")):
+        with pytest.raises(TypeError, match=f"task 'a': '{wrong}' is no option; did you mean '{right}'"):
+            graph.task("a", argv=["true"], **{wrong: "1"})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="run: 'namespce' is no option; did you mean 'namespace'"):
+        graph.run(deadline="1m", namespce="x")
+    assert graph.nodes == []
+    graph.task("a", argv=["true"])  # what was refused has left no trace
     with Graph(pack=False) as graph:
         load.using(timeout="soon")()
     with pytest.raises(InvalidField, match="timeout"):
         graph.spec()
+    for options, words in (
+        ({"timeout": 60}, 'timeout: 60: write a text with units, e.g. "30s"'),
+        ({"retry": "3"}, "retry: '3': write a number of attempts"),
+        ({"retry": {"attempts": "many"}}, "retry.attempts: 'many': write a number"),
+        ({"memory": "lots"}, "memory: 'lots'"),
+    ):
+        graph = Graph()
+        graph.task("a", argv=["true"], **options)
+        with pytest.raises(InvalidField, match=words):
+            graph.spec()
+
+
+def test_programs_are_refused_where_they_are_written_and_not_by_protobuf() -> None:
+    graph = Graph()
+    first = graph.task("first", argv=["true"], memory=1024)
+    assert graph.spec().tasks[0].resources.memory_bytes == 1024
+    other = Graph().task("other", argv=["true"])
+    for error, options, words in (
+        (TypeError, {"argv": "ls -l"}, r"task 'a': argv: write a list of words, \['ls', '-l'\]"),
+        (TypeError, {"argv": ["sleep", 3]}, r"task 'a': argv\[1\]: 3 is no text"),
+        (TypeError, {"argv": ["a"], "env": {"N": 1}}, r"task 'a': env\['N'\]: 1 is no text"),
+        (TypeError, {"argv": ["a"], "after": first}, r"task 'a': after: write a list of handles"),
+        (TypeError, {"argv": ["a"], "after": ["first"]}, "task 'a': after: 'first' is no handle"),
+        (TypeError, {"argv": ["a"], "after": [other]}, "other is a task of another graph"),
+    ):
+        with pytest.raises(error, match=words):
+            graph.task("a", **options)
+    with pytest.raises(ValueError, match="the id of a task, 'A b': use a-z"):
+        graph.task("A b", argv=["true"])
+    with pytest.raises(ValueError, match="the name of the graph, 'Bad Name': use a-z"):
+        Graph("Bad Name")
+    assert [node.id for node in graph.nodes] == ["first"]
 
 
 def test_one_text_where_a_list_is_meant_is_refused_and_not_taken_letter_by_letter() -> None:
