@@ -48,6 +48,10 @@ READ_TIMEOUT = 2.0
 """Seconds for one survey of the store."""
 
 
+SURVEYED = (keys.INCARNATION, keys.FEATURE_LEVEL, *map(keys.owner, ALL_SHARDS), *map(keys.head, ALL_SHARDS))
+"""Keys that a survey reads at one revision."""
+
+
 @dataclass(frozen=True, slots=True)
 class OwnershipConfig:
     """Times in seconds."""
@@ -250,8 +254,7 @@ class Ownership:
     async def _survey(self) -> Survey:
         """Members, then owners and heads. Raises Unavailable, Corrupt."""
         members = await self._store.range(keys.MEMBERS_PREFIX, timeout=READ_TIMEOUT)
-        wanted = [keys.INCARNATION, keys.FEATURE_LEVEL, *map(keys.owner, ALL_SHARDS), *map(keys.head, ALL_SHARDS)]
-        found, _ = await read_keys(self._store, wanted, timeout=READ_TIMEOUT)
+        found, _ = await read_keys(self._store, SURVEYED, timeout=READ_TIMEOUT)
         owner_kvs, head_kvs = found[2 : 2 + len(ALL_SHARDS)], found[2 + len(ALL_SHARDS) :]
         leases = {name: kv.lease for kv in members.kvs if (name := keys.parse_member(kv.key)) is not None}
         return Survey(

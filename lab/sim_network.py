@@ -135,7 +135,10 @@ class Links:
         if not self.heard(source, target):
             self._hits["message lost"] += 1
         elif addressee is not None and addressee is self.nodes.get(target):
-            asyncio.get_running_loop().call_soon(action, context=addressee.context())
+            if addressee.runs:
+                addressee.run(action)  # now, not in a turn of its own: half of all turns would be such
+            else:
+                asyncio.get_running_loop().call_soon(action, context=addressee.context())
 
     def _at(self, name: str) -> Context:
         node = self.nodes.get(name)

@@ -24,10 +24,11 @@ def check_txn(txn: Txn) -> None:
     if not all(isinstance(op, Get) for op in txn.failure):
         raise NotApplied("the failure branch may only read")
     for item in (*txn.compares, *txn.success, *txn.failure):
-        if not item.key and not (isinstance(item, Delete) and item.prefix):
+        key = item.key
+        if not key and not (isinstance(item, Delete) and item.prefix):
             raise NotApplied("a key is empty")
-        if not item.key.isascii():
-            raise NotApplied(f"key {item.key!r} is not ASCII")
+        if not key.isascii():
+            raise NotApplied(f"key {key!r} is not ASCII")
     if not all(isinstance(op, Get) for op in txn.success):
         _refuse_double_writes(txn.success)
     size = txn_bytes(txn)

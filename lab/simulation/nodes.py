@@ -53,6 +53,11 @@ class Node:
         """A context whose callbacks belong to this node."""
         return self._context.copy()
 
+    @property
+    def runs(self) -> bool:
+        """Whether its callbacks run now."""
+        return self.life is Life.RUNS
+
     def run(self, call: Callable[[], T]) -> T:
         """Call something as this node: what it starts is this node's."""
         return self.context().run(call)
