@@ -1,6 +1,6 @@
 """The client: everything a user may ask of a federation, from asyncio.
 
-    async with AsyncClient(["127.0.0.1:7400"]) as client:
+    async with AsyncClient() as client:                    # the current context, as the command line
         run = await client.create_run(spec, deadline=time_of_the_deadline)
         async for message in client.watch_run(run.name):
             ...
@@ -12,17 +12,19 @@ Theory: a client is where the promises meet a network that breaks. It knows seve
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from baton import client_results, client_streams, names, requestid
+from baton import client_results, client_streams, contexts, names, requestid
 from baton.client_artifacts import Artifacts
-from baton.client_call import TRY_SECONDS, Answer, Caller, Endpoint, Tls
+from baton.client_call import TRY_SECONDS, Answer, Caller, Endpoint, Tls, full_name
 from baton.client_streams import FINAL_STATES
 from baton.clock import Clock, Entropy, SystemClock, SystemEntropy
+from baton.errors import InvalidField
 from baton.v1 import admin_pb2, cluster_pb2, graph_pb2, run_pb2, trace_pb2
 
 __all__ = ["FINAL_STATES", "AsyncClient", "Tls"]
@@ -50,26 +52,41 @@ PAGE = 1000
 
 
 class AsyncClient:
-    """A federation's client. All names are full names (`namespaces/default/runs/r1`); all failures are BatonError."""
+    """A federation's client. Names are full (`namespaces/default/runs/r1`) or short ones of its namespace (run `r1`, task `r1/t`,
+    cluster `eu`), as on the command line; all failures are BatonError."""
 
     def __init__(
         self,
-        endpoints: Sequence[str],
+        endpoints: str | Sequence[str] | None = None,
         *,
+        context: str = "",
+        namespace: str = "",
         tls: Tls | None = None,
         timeout: float = CALL_SECONDS,
         clock: Clock | None = None,
         entropy: Entropy | None = None,
     ) -> None:
-        """`endpoints` are host:port of replicas, all equal; plain text only on loopback, else `tls`.
+        """`endpoints` are host:port of replicas, all equal, plain text only on loopback, else `tls`. Without any, those, the
+        namespace and the certificates of `context` or of the current one, as the command line finds them; endpoints that are
+        given without a context are asked as they are, and no file is read. `timeout`: deadline of each call, in seconds.
 
         Raises InvalidField or Denied for endpoints that cannot be used. Connects on the first call.
         """
+        given = (endpoints,) if isinstance(endpoints, str) else endpoints
+        if given is None or context:
+            to = contexts.resolve(endpoints=given or (), context=context, namespace=namespace, env=os.environ)
+            given, namespace, tls = to.endpoints, to.namespace, tls or tls_of(to)
+        elif namespace and (problem := names.id_problem(namespace)):
+            raise InvalidField(f"namespace {problem}")
+        if not timeout > 0:
+            raise InvalidField(f"timeout is {timeout!r}: give more than 0 seconds")
+        self.namespace = namespace or names.DEFAULT_NAMESPACE
+        """Where short names are looked up and runs are created, unless a call says otherwise."""
         self.clock = clock or SystemClock()
         self._entropy = entropy or SystemEntropy()
         self._timeout = timeout
-        self._caller = Caller(endpoints, tls=tls, clock=self.clock, entropy=self._entropy)
-        self.artifacts = Artifacts(self._caller)
+        self._caller = Caller(given, tls=tls, clock=self.clock, entropy=self._entropy)
+        self.artifacts = Artifacts(self._caller, self.namespace)
         """Files that tasks made, and code archives: see `baton.client_artifacts`."""
 
     async def __aenter__(self) -> Self:
@@ -100,26 +117,27 @@ class AsyncClient:
         deadline: float,
         graph: str = "",
         graph_version: int = 0,
-        namespace: str = names.DEFAULT_NAMESPACE,
+        namespace: str = "",
         run_id: str = "",
         priority: int = 0,
         labels: Mapping[str, str] | None = None,
         annotations: Mapping[str, str] | None = None,
         request_id: str = "",
     ) -> run_pb2.Run:
-        """Creates a run of `spec` or of a stored `graph`. `deadline` is absolute, in seconds since the epoch. Code over 64 KiB is
-        stored first (`artifacts.store_codes`).
+        """Creates a run of `spec` or of a stored `graph`. `deadline` is absolute, in seconds since the epoch. `namespace`: the
+        client's, unless another is given. Code over 64 KiB is stored first (`artifacts.store_codes`).
 
         Raises InvalidField (fields named), NameTaken, Infeasible, LimitExceeded, QuotaExceeded, Unreachable.
         """
+        space = namespace or self.namespace
         request = run_pb2.CreateRunRequest(
             request_id=request_id or self.new_request_id(),
-            namespace=namespace,
+            namespace=space,
             run_id=run_id,
-            spec=spec and await self.artifacts.store_codes(namespace, spec),
-            graph=graph,
-            graph_version=graph_version,
             deadline_time=_timestamp(deadline),
+            spec=spec and await self.artifacts.store_codes(space, spec),
+            graph=graph and full_name("graph", graph, space),
+            graph_version=graph_version,
             priority=priority,
             labels=labels,
             annotations=annotations,
@@ -142,19 +160,20 @@ class AsyncClient:
 
     async def get_run(self, name: str) -> run_pb2.Run:
         """Reads a run. Raises NotFound."""
-        request = run_pb2.GetRunRequest(name=name)
+        request = run_pb2.GetRunRequest(name=full_name("run", name, self.namespace))
         answer = await self._call(lambda to, s: to.runs.GetRun(request, timeout=s))
         return answer.run
 
     async def list_runs(
         self,
-        namespace: str = names.DEFAULT_NAMESPACE,
+        namespace: str = "",
         *,
         states: Iterable[run_pb2.RunState.ValueType] = (),
         labels: Mapping[str, str] | None = None,
     ) -> AsyncIterator[run_pb2.Run]:
-        """All runs of a namespace in one of the states that carry the labels; page by page."""
-        request = run_pb2.ListRunsRequest(namespace=namespace, page_size=PAGE, states=list(states), labels=labels)
+        """All runs of a namespace (the client's) in one of the states that carry the labels; page by page."""
+        space = namespace or self.namespace
+        request = run_pb2.ListRunsRequest(namespace=space, page_size=PAGE, states=list(states), labels=labels)
         while True:
             page = await self._call(lambda to, s: to.runs.ListRuns(request, timeout=s))
             for run in page.runs:
@@ -165,7 +184,8 @@ class AsyncClient:
 
     async def cancel_run(self, name: str, *, reason: str = "", request_id: str = "") -> run_pb2.Run:
         """Asks a run to stop. Raises NotFound, WrongState (it is final otherwise)."""
-        request = run_pb2.CancelRunRequest(request_id=request_id or self.new_request_id(), name=name, reason=reason)
+        full = full_name("run", name, self.namespace)
+        request = run_pb2.CancelRunRequest(request_id=request_id or self.new_request_id(), name=full, reason=reason)
         answer = await self._call(lambda to, s: to.runs.CancelRun(request, timeout=s))
         return answer.run
 
@@ -173,7 +193,8 @@ class AsyncClient:
         self, run: str, *, states: Iterable[run_pb2.TaskState.ValueType] = ()
     ) -> AsyncIterator[run_pb2.TaskStatus]:
         """All tasks of a run in one of the states, in order of index; page by page. Raises NotFound."""
-        request = run_pb2.ListTasksRequest(run=run, page_size=PAGE, states=list(states))
+        full = full_name("run", run, self.namespace)
+        request = run_pb2.ListTasksRequest(run=full, page_size=PAGE, states=list(states))
         while True:
             page = await self._call(lambda to, s: to.runs.ListTasks(request, timeout=s))
             for task in page.tasks:
@@ -184,7 +205,7 @@ class AsyncClient:
 
     async def get_task(self, name: str) -> run_pb2.TaskStatus:
         """Reads a task with its attempts and its result. Raises NotFound."""
-        request = run_pb2.GetTaskRequest(name=name)
+        request = run_pb2.GetTaskRequest(name=full_name("task", name, self.namespace))
         answer = await self._call(lambda to, s: to.runs.GetTask(request, timeout=s))
         return answer.task
 
@@ -195,7 +216,8 @@ class AsyncClient:
 
         Raises NotFound, WatchCompacted, and Unreachable after `patience` seconds without any replica.
         """
-        return client_streams.watch_run(self._caller, name, after_event=after_event, patience=patience)
+        full = full_name("run", name, self.namespace)
+        return client_streams.watch_run(self._caller, full, after_event=after_event, patience=patience)
 
     async def wait_run(self, name: str, *, patience: float = PATIENCE_SECONDS) -> run_pb2.Run:
         """Waits until a run is final and reads it. Raises as watch_run."""
@@ -216,13 +238,14 @@ class AsyncClient:
         self, task: str, *, attempt: int = 0, offset: int = 0, follow: bool = True, patience: float = PATIENCE_SECONDS
     ) -> AsyncIterator[run_pb2.FollowLogsResponse]:
         """An attempt's output from a byte offset, each byte once; `attempt` 0 is the newest. Raises NotFound."""
+        full = full_name("task", task, self.namespace)
         return client_streams.follow_logs(
-            self._caller, task, attempt=attempt, offset=offset, follow=follow, patience=patience
+            self._caller, full, attempt=attempt, offset=offset, follow=follow, patience=patience
         )
 
     async def get_trace(self, run: str) -> list[trace_pb2.Span]:
         """All spans of a run's trace, live or finished: the root first. Raises NotFound."""
-        request = trace_pb2.GetTraceRequest(run=run)
+        request = trace_pb2.GetTraceRequest(run=full_name("run", run, self.namespace))
 
         async def send(to: Endpoint, seconds: float) -> list[trace_pb2.Span]:
             parts = to.traces.GetTrace(request, timeout=seconds)
@@ -237,18 +260,19 @@ class AsyncClient:
         graph_id: str,
         spec: graph_pb2.GraphSpec,
         *,
-        namespace: str = names.DEFAULT_NAMESPACE,
+        namespace: str = "",
         labels: Mapping[str, str] | None = None,
         annotations: Mapping[str, str] | None = None,
         etag: str = "",
         request_id: str = "",
     ) -> graph_pb2.Graph:
-        """Creates a graph or adds a version to it. Raises InvalidField, EtagMismatch."""
+        """Creates a graph in a namespace (the client's) or adds a version to it. Raises InvalidField, EtagMismatch."""
+        space = namespace or self.namespace
         request = graph_pb2.PutGraphRequest(
             request_id=request_id or self.new_request_id(),
-            namespace=namespace,
+            namespace=space,
             graph_id=graph_id,
-            spec=await self.artifacts.store_codes(namespace, spec),
+            spec=await self.artifacts.store_codes(space, spec),
             labels=labels,
             annotations=annotations,
             etag=etag,
@@ -258,7 +282,7 @@ class AsyncClient:
 
     async def get_graph(self, name: str, version: int = 0) -> graph_pb2.Graph:
         """Reads a version of a graph, 0 for the newest. Raises NotFound."""
-        request = graph_pb2.GetGraphRequest(name=name, version=version)
+        request = graph_pb2.GetGraphRequest(name=full_name("graph", name, self.namespace), version=version)
         answer = await self._call(lambda to, s: to.graphs.GetGraph(request, timeout=s))
         return answer.graph
 
@@ -277,25 +301,28 @@ class AsyncClient:
 
     async def get_cluster(self, name: str) -> cluster_pb2.Cluster:
         """Reads a cluster. Raises NotFound."""
-        request = cluster_pb2.GetClusterRequest(name=name)
+        request = cluster_pb2.GetClusterRequest(name=full_name("cluster", name, self.namespace))
         answer = await self._call(lambda to, s: to.clusters.GetCluster(request, timeout=s))
         return answer.cluster
 
     async def cordon_cluster(self, name: str, *, request_id: str = "") -> cluster_pb2.Cluster:
         """No new work there; what runs goes on. Raises NotFound."""
-        request = cluster_pb2.CordonClusterRequest(request_id=request_id or self.new_request_id(), name=name)
+        full = full_name("cluster", name, self.namespace)
+        request = cluster_pb2.CordonClusterRequest(request_id=request_id or self.new_request_id(), name=full)
         answer = await self._call(lambda to, s: to.clusters.CordonCluster(request, timeout=s))
         return answer.cluster
 
     async def uncordon_cluster(self, name: str, *, request_id: str = "") -> cluster_pb2.Cluster:
         """Takes work again. Raises NotFound."""
-        request = cluster_pb2.UncordonClusterRequest(request_id=request_id or self.new_request_id(), name=name)
+        full = full_name("cluster", name, self.namespace)
+        request = cluster_pb2.UncordonClusterRequest(request_id=request_id or self.new_request_id(), name=full)
         answer = await self._call(lambda to, s: to.clusters.UncordonCluster(request, timeout=s))
         return answer.cluster
 
     async def drain_cluster(self, name: str, *, request_id: str = "") -> cluster_pb2.Cluster:
         """No new work there; what runs is stopped gracefully and placed elsewhere. Raises NotFound."""
-        request = cluster_pb2.DrainClusterRequest(request_id=request_id or self.new_request_id(), name=name)
+        full = full_name("cluster", name, self.namespace)
+        request = cluster_pb2.DrainClusterRequest(request_id=request_id or self.new_request_id(), name=full)
         answer = await self._call(lambda to, s: to.clusters.DrainCluster(request, timeout=s))
         return answer.cluster
 
@@ -336,9 +363,19 @@ class AsyncClient:
         return client_streams.backup(self._caller)
 
 
+def tls_of(to: contexts.Context) -> Tls | None:
+    """The certificates of a context; None: plain text."""
+    return Tls(to.ca, to.certificate, to.key) if to.ca or to.certificate or to.key else None
+
+
 def _timestamp(seconds: float) -> Timestamp:
     stamp = Timestamp()
-    stamp.FromMilliseconds(round(seconds * 1000))
+    try:
+        stamp.FromMilliseconds(round(seconds * 1000))
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidField(
+            f"deadline: {seconds!r} is no moment: give seconds since the epoch, such as time.time() + 300"
+        ) from None
     return stamp
 
 

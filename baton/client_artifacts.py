@@ -17,9 +17,10 @@ from typing import BinaryIO
 
 import grpc
 
+from baton import names
 from baton.artifact_wire import Incoming, put_chunk, put_header
 from baton.artifacts import MAX_CODE_PACK_BYTES, CorruptArtifact, read_chunks
-from baton.client_call import Caller, error_of, may_retry
+from baton.client_call import Caller, error_of, full_name, may_retry
 from baton.client_streams import STREAM_SECONDS, Patience, next_message
 from baton.errors import BatonError, Internal, InvalidField, LimitExceeded, Unreachable
 from baton.pythontask import MAX_CODE_BYTES
@@ -50,14 +51,15 @@ Take = Callable[[bytes], object]
 
 
 class Artifacts:
-    """The artifacts of a federation. All failures are BatonError."""
+    """The artifacts of a federation. A run is named in full, or by its id in the client's namespace; all failures are BatonError."""
 
-    def __init__(self, caller: Caller) -> None:
+    def __init__(self, caller: Caller, namespace: str = names.DEFAULT_NAMESPACE) -> None:
         self._caller = caller
+        self._namespace = namespace
 
     async def list(self, run: str, task: str = "") -> AsyncIterator[agent_pb2.ArtifactSource]:
-        """What the tasks of a run (full name), or one of them (id), have published; page by page. Raises NotFound."""
-        request = artifact_pb2.ListArtifactsRequest(run=run, task=task, page_size=PAGE)
+        """What the tasks of a run, or one of them (id), have published; page by page. Raises NotFound."""
+        request = artifact_pb2.ListArtifactsRequest(run=self._run(run), task=task, page_size=PAGE)
         while True:
             page = await self._caller.call(
                 lambda to, s: to.artifacts.ListArtifacts(request, timeout=s), timeout=ASK_SECONDS
@@ -73,7 +75,7 @@ class Artifacts:
     ) -> agent_pb2.ArtifactRef:
         """Writes a published artifact into an open file, proved chunk by chunk; flat memory. Raises NotFound, Internal for what the
         store has damaged or lost, Unreachable after `patience` seconds without progress."""
-        published = artifact_pb2.PublishedArtifact(run=run, task=task, name=name)
+        published = artifact_pb2.PublishedArtifact(run=self._run(run), task=task, name=name)
         request = artifact_pb2.GetArtifactRequest(published=published)
         return await self._fetch(request, Incoming(), into.write, patience)
 
@@ -101,7 +103,7 @@ class Artifacts:
                 raise LimitExceeded(f"artifact {name} of {task} holds more than {limit} bytes: download it to a file")
             held.write(content)
 
-        published = artifact_pb2.PublishedArtifact(run=run, task=task, name=name)
+        published = artifact_pb2.PublishedArtifact(run=self._run(run), task=task, name=name)
         await self._fetch(artifact_pb2.GetArtifactRequest(published=published), Incoming(), take, patience)
         return held.getvalue()
 
@@ -149,6 +151,9 @@ class Artifacts:
                 code.ClearField("zip")
                 code.stored = True
         return changed
+
+    def _run(self, name: str) -> str:
+        return full_name("run", name, self._namespace)
 
     # -- one download ------------------------------------------------------------------------------------------------------
 

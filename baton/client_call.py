@@ -19,8 +19,19 @@ import grpc
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
+from baton import names
 from baton.clock import Clock, Entropy
-from baton.errors import NOT_APPLIED, UNKNOWN, BatonError, Denied, InvalidField, TimedOut, Unreachable, from_status
+from baton.errors import (
+    NOT_APPLIED,
+    UNKNOWN,
+    BatonError,
+    Denied,
+    FieldViolation,
+    InvalidField,
+    TimedOut,
+    Unreachable,
+    from_status,
+)
 from baton.v1 import admin_pb2_grpc, artifact_pb2_grpc, cluster_pb2_grpc, graph_pb2_grpc, run_pb2_grpc, trace_pb2_grpc
 
 Answer = TypeVar("Answer")
@@ -173,10 +184,14 @@ class Caller:
         if unclear:
             error.applied = UNKNOWN
         if again and isinstance(error, (Unreachable, TimedOut)):
-            what = "nobody listens at" if timeout is None else f"no answer within {timeout:g} s from"
+            where = ", ".join(self.addresses)
+            told = (
+                f"no answer within {timeout:g} s from {where} ({error.message})"
+                if timeout
+                else f"nobody listens at {where}"
+            )
             return Unreachable(
-                f"{what} {', '.join(self.addresses)} ({error.message}); check that the"
-                " federation is up and that --endpoint or the context names it",
+                f"{told}; check that the federation is up and that --endpoint or the context names it",
                 applied=error.applied,
             )
         return error
@@ -220,6 +235,14 @@ def error_of(failure: grpc.aio.AioRpcError) -> BatonError:
         code: Any = failure.code()
         status = status_pb2.Status(code=code.value[0], message=failure.details() or code.name)
     return from_status(status)
+
+
+def full_name(kind: names.Kind, text: str, namespace: str) -> str:
+    """A name as servers take it, of one as people write it. Raises InvalidField naming the forms that are taken."""
+    try:
+        return names.full_name(kind, text, namespace)
+    except names.InvalidName as error:
+        raise InvalidField(str(error), field_violations=[FieldViolation(kind, str(error))]) from None
 
 
 def may_retry(failure: grpc.aio.AioRpcError) -> bool:

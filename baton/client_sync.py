@@ -23,9 +23,10 @@ from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
 from baton import contexts
-from baton.client import CALL_SECONDS, AsyncClient, Tls
+from baton.client import CALL_SECONDS, AsyncClient, Tls, tls_of
 from baton.client_artifacts import Artifacts
 from baton.clock import Clock, Entropy
+from baton.errors import InvalidField
 
 __all__ = ["Client", "drain", "wait"]
 
@@ -202,34 +203,42 @@ class SyncArtifacts:
 
 
 class Client:
-    """A federation's client without asyncio. All names are full names; all failures are BatonError.
+    """A federation's client without asyncio. Names are full ones, or short ones of its namespace; all failures are BatonError.
 
     Safe to share between threads. What each method means and raises is said at AsyncClient's of the same name.
     """
 
     def __init__(
         self,
-        endpoints: str | Sequence[str] = (),
+        endpoints: str | Sequence[str] | None = None,
         *,
         context: str = "",
+        namespace: str = "",
         tls: Tls | None = None,
         timeout: float = CALL_SECONDS,
         clock: Clock | None = None,
         entropy: Entropy | None = None,
     ) -> None:
         """`endpoints` are host:port of replicas; without any, those of `context` or of the current one, as the command line
-        finds them. `timeout`: deadline of each call, in seconds.
+        finds them; what is not given of namespace and certificates is that context's. `timeout`: deadline of each call, in seconds.
 
         Raises InvalidField or Denied for endpoints that cannot be used. Connects on the first call.
         """
-        given = (endpoints,) if isinstance(endpoints, str) and endpoints else tuple(endpoints)
-        to = contexts.resolve(endpoints=given, context=context, env=os.environ)
-        if tls is None and (to.ca or to.certificate or to.key):
-            tls = Tls(to.ca, to.certificate, to.key)
-        self.namespace = to.namespace
-        """The namespace of the context: for `create_run` and `list_runs`, which take one."""
-        self.asyncio = AsyncClient(to.endpoints, tls=tls, timeout=timeout, clock=clock, entropy=entropy)
+        given = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints or ())
+        if endpoints is not None and not given:
+            raise InvalidField("no endpoint is given: name at least one host:port, or none for the current context")
+        to = contexts.resolve(endpoints=given, context=context, namespace=namespace, env=os.environ)
+        self.asyncio = AsyncClient(
+            to.endpoints,
+            namespace=to.namespace,
+            tls=tls or tls_of(to),
+            timeout=timeout,
+            clock=clock,
+            entropy=entropy,
+        )
         """The client whose face this is; its coroutines run on the clients' loop only."""
+        self.namespace = to.namespace
+        """Where short names are looked up and runs are created, unless a call says otherwise."""
         self.clock = self.asyncio.clock
         self.artifacts = SyncArtifacts(self.asyncio.artifacts)
 

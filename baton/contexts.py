@@ -11,7 +11,8 @@ import json
 import os
 import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,21 @@ def read_contexts(env: Mapping[str, str]) -> tuple[str, dict[str, Context]]:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "", {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InvalidField(f"{path}: cannot be read: {error}; mend or delete it") from None
+    except OSError as error:
+        raise InvalidField(
+            f"{path}: cannot be read: {error.strerror}; name another file with {CONFIG_VARIABLE}"
+        ) from None
+    except UnicodeDecodeError:
+        raise InvalidField(f"{path}: is not UTF-8 text; mend or delete it") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidField(f"{path}: is not TOML: {error}; mend or delete it") from None
     found = {}
     for name, entry in _table(path, data, "contexts").items():
         found[name] = _context(path, f"contexts.{name}", entry)
     current = data.get("current", "")
-    return current if isinstance(current, str) else "", found
+    if not isinstance(current, str):
+        raise InvalidField(f'{path}: current: write the name of a context in quotes, or ""')
+    return current, found
 
 
 def write_context(
@@ -70,7 +79,7 @@ def write_context(
     certificate: str = "",
     key: str = "",
 ) -> Path:
-    """Adds or replaces a context and makes it the current one; the file's path. Raises InvalidField, OSError."""
+    """Adds or replaces a context and makes it the current one; the file's path. Raises InvalidField naming the file."""
     if problem := names.id_problem(name):
         raise InvalidField(f"context name {problem}")
     _, contexts = read_contexts(env)
@@ -79,10 +88,20 @@ def write_context(
 
 
 def remove_context(name: str, *, env: Mapping[str, str]) -> None:
-    """Removes a context; nothing happens if there is none. Raises InvalidField, OSError."""
+    """Removes a context; nothing happens if there is none. Raises InvalidField naming the file."""
     current, contexts = read_contexts(env)
     if contexts.pop(name, None) is not None:
         _write(env, "" if current == name else current, contexts)
+
+
+def check_writable(env: Mapping[str, str]) -> None:
+    """Raises InvalidField, naming the file and what to do, if `write_context` could not write."""
+    read_contexts(env)
+    path = config_path(env)
+    with _told(path):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 def resolve(
@@ -96,16 +115,21 @@ def resolve(
     )
     if wanted and wanted not in contexts and (context or not given):
         known = ", ".join(sorted(contexts)) or "none"
+        fix = "choose a known one with --context NAME, or give --endpoint HOST:PORT"
         raise InvalidField(
-            f"there is no context {names.quote(wanted)} in {config_path(env)} (known: {known})",
-            field_violations=[FieldViolation("context", "use one of the known contexts, or --endpoint")],
+            f"there is no context {names.quote(wanted)} in {config_path(env)} (known: {known}): {fix}",
+            field_violations=[FieldViolation("context", fix)],
         )
     base = contexts.get(wanted)
     if base is None and not given:
-        raise InvalidField(
-            "no federation is named: run `baton local up`, or give --endpoint HOST:PORT or BATON_ENDPOINT",
-            field_violations=[FieldViolation("endpoint", "give one, or write a context")],
-        )
+        fix = f"give --endpoint HOST:PORT or {ENDPOINT_VARIABLE}"
+        message = f"no federation is named: run `baton local up`, or {fix}"
+        if contexts:
+            fix = f"choose one with --context NAME or {CONTEXT_VARIABLE}"
+            message = (
+                f"no context of {config_path(env)} is the current one (known: {', '.join(sorted(contexts))}): {fix}"
+            )
+        raise InvalidField(message, field_violations=[FieldViolation("context" if contexts else "endpoint", fix)])
     space = namespace or env.get(NAMESPACE_VARIABLE, "") or (base.namespace if base else names.DEFAULT_NAMESPACE)
     if problem := names.id_problem(space):
         raise InvalidField(f"namespace {problem}", field_violations=[FieldViolation("namespace", problem)])
@@ -142,18 +166,29 @@ def _table(path: Path, data: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _write(env: Mapping[str, str], current: str, contexts: Mapping[str, Context]) -> Path:
     path = config_path(env)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     lines = ["# Which federation `baton` speaks to; written by `baton local up`, yours to edit.", ""]
     lines += [f"current = {json.dumps(current)}"]
     for name, each in sorted(contexts.items()):
         lines += ["", f"[contexts.{name}]", f"endpoints = {json.dumps(list(each.endpoints))}"]
         lines += [f"{key} = {json.dumps(getattr(each, key))}" for key in _KEYS[1:] if getattr(each, key)]
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".contexts-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-        Path(draft).replace(path)
-    except OSError:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    with _told(path):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".contexts-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
+            Path(draft).replace(path)
+        except OSError:
+            Path(draft).unlink(missing_ok=True)
+            raise
     return path
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Within it, a file that cannot be written is InvalidField."""
+    try:
+        yield
+    except OSError as error:
+        fix = f"name another file with {CONFIG_VARIABLE}"
+        raise InvalidField(f"{path}: cannot be written: {error.strerror or error}; {fix}") from None

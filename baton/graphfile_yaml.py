@@ -39,12 +39,14 @@ MAX_UNKNOWN = 3
 MAX_UNKNOWN_NAME = 40
 """Characters told of an unknown field: enough to find a slip of the pen, little of what was never meant as a field."""
 
+_NAME_A_FILE = "name a YAML file, or `-` for standard input"
+
 _TAG = "tag:yaml.org,2002:"
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake in a file. `line` counts from 1; `field` is a path as the file writes it, or empty."""
+    """One mistake in a file. `line` counts from 1, 0 is the file as a whole; `field` is a path as the file writes it, or empty."""
 
     file: str
     line: int
@@ -53,8 +55,9 @@ class Problem:
     fix: str = ""
 
     def __str__(self) -> str:
-        where = f"{self.file}:{self.line}: {self.field}" if self.field else f"{self.file}:{self.line}"
-        return f"{where}: {self.what}" + (f". Fix: {self.fix}" if self.fix else "")
+        where = f"{self.file}:{self.line}" if self.line else self.file
+        field = f"{self.field}: " if self.field else ""
+        return f"{where}: {field}{self.what}" + (f". Fix: {self.fix}" if self.fix else "")
 
 
 class GraphFileError(ValueError):
@@ -82,6 +85,8 @@ class Node:
 
 def read_text(path: str) -> str:
     """The text of a file (`-`: standard input), at most 16 MiB of UTF-8. Raises GraphFileError."""
+    if not path:
+        raise GraphFileError([Problem("''", 0, "", "names no file", _NAME_A_FILE)])
     try:
         if path == "-":
             data = sys.stdin.buffer.read(MAX_BYTES + 1)
@@ -89,17 +94,17 @@ def read_text(path: str) -> str:
             file = Path(path)
             if not stat.S_ISREG(file.stat().st_mode):
                 what = "is a directory" if file.is_dir() else "is not a regular file"
-                raise GraphFileError([Problem(path, 1, "", what, "name a YAML file")])
+                raise GraphFileError([Problem(path, 0, "", what, _NAME_A_FILE)])
             with file.open("rb") as opened:
                 data = opened.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         if isinstance(error, GraphFileError):
             raise
         what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise GraphFileError([Problem(path, 1, "", f"cannot be read: {what}", "check the path")]) from None
+        raise GraphFileError([Problem(path, 0, "", f"cannot be read: {what}", "check the path")]) from None
     if len(data) > MAX_BYTES:
         fix = "create so large a graph through the client (baton.client)"
-        raise GraphFileError([Problem(path, 1, "", f"is larger than {MAX_BYTES} bytes", fix)])
+        raise GraphFileError([Problem(path, 0, "", f"is larger than {MAX_BYTES} bytes", fix)])
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -252,7 +257,7 @@ class Reader:
         if node.kind == "str" and node.raw.value in words:
             return str(node.raw.value)
         shown = names.quote(str(node.raw.value)) if isinstance(node.raw.value, str) else f"a {_say(node.kind)}"
-        self.complain(node, f"is {shown}", f"use one of {', '.join(words)}")
+        self.complain(node, f"is {shown}", f"use one of {', '.join(words)}" if len(words) > 1 else f"write {words[0]}")
         return None
 
     @staticmethod

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 DEFAULT_NAMESPACE = "default"
 """Used where a request or a command names none."""
@@ -23,6 +24,9 @@ MAX_LABELS = 64
 
 MAX_ANNOTATION_BYTES = 16 * 1024
 """Keys and values of all annotations together (DESIGN section 14): they ride in the run's journal event."""
+
+_LONGEST = 512
+"""Characters of a name that is looked at: more than twice the longest good one."""
 
 _QUOTED = 60
 """Characters of foreign text that a message repeats: a 1 MB name must not make a 1 MB error."""
@@ -38,6 +42,18 @@ _LABEL_VALUE = re.compile(r"(?:[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?
 _TAINT = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9_./=:]{0,126}[A-Za-z0-9])?")
 _EXTENDED = re.compile(r"[a-z0-9](?:[-a-z0-9./]{0,61}[a-z0-9])?")
 _ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
+
+
+Kind = Literal["run", "task", "graph", "cluster"]
+"""What a name may name."""
+
+_COLLECTIONS: dict[Kind, tuple[str, ...]] = {
+    "run": ("namespaces", "runs"),
+    "task": ("namespaces", "runs", "tasks"),
+    "graph": ("namespaces", "graphs"),
+    "cluster": ("clusters",),
+}
+"""The collection words of each kind's full name, from the outside in."""
 
 
 class InvalidName(ValueError):
@@ -193,34 +209,57 @@ def parse_cluster(name: str) -> ClusterName:
     return ClusterName(cluster)
 
 
+def full_name(kind: Kind, text: str, namespace: str) -> str:
+    """The full name of what a person writes: a full name as it is, or the ids alone (`RUN`, `RUN/TASK`, `GRAPH`, `CLUSTER`), which
+    are completed with `namespace`. Raises InvalidName naming both forms."""
+    collections = _COLLECTIONS[kind]
+    parts = text.split("/") if len(text) <= _LONGEST else []
+    written = [word for word in collections if word != "namespaces"]
+    if parts[:1] == [collections[0]] and len(parts) > 1:
+        ids = parts[1::2] if tuple(parts[::2]) == collections and len(parts) == 2 * len(collections) else []
+    else:
+        ids = ([namespace] if len(written) < len(collections) else []) + parts
+    forms = f"{'/'.join(map(_upper, written))} or {'/'.join(f'{word}/{_upper(word)}' for word in collections)}"
+    if len(ids) != len(collections):
+        raise InvalidName(f"{quote(text)} names no {kind}: write {forms}")
+    for word, part in zip(collections, ids, strict=True):
+        if problem := _problem_in(word, part):
+            raise InvalidName(f"{quote(text)} names no {kind}: {word[:-1]} {problem}; write {forms}")
+    return "/".join(f"{word}/{part}" for word, part in zip(collections, ids, strict=True))
+
+
 def short_run(text: str, namespace: str) -> RunName:
     """What a person types for a run: its id, or its full name. Raises InvalidName."""
-    return parse_run(text) if text.startswith("namespaces/") else parse_run(f"namespaces/{namespace}/runs/{text}")
+    return parse_run(full_name("run", text, namespace))
 
 
 def short_task(text: str, namespace: str) -> TaskName:
     """What a person types for a task: `RUN/TASK`, or its full name. Raises InvalidName."""
-    if text.startswith("namespaces/"):
-        return parse_task(text)
-    run, slash, task = text.partition("/")
-    if not slash:
-        raise InvalidName(f"{quote(text)} names no task: write RUN/TASK")
-    return parse_task(f"namespaces/{namespace}/runs/{run}/tasks/{task}")
+    return parse_task(full_name("task", text, namespace))
 
 
 def short_cluster(text: str) -> ClusterName:
     """What a person types for a cluster: its id, or its full name. Raises InvalidName."""
-    return parse_cluster(text if text.startswith("clusters/") else f"clusters/{text}")
+    return parse_cluster(full_name("cluster", text, DEFAULT_NAMESPACE))
+
+
+def _upper(word: str) -> str:
+    """A collection's word as the place of an id in a form: `runs` -> RUN."""
+    return word[:-1].upper()
 
 
 def _ids(name: str, collections: tuple[str, ...]) -> tuple[str, ...]:
     form = "/".join(f"{word}/{{{word[:-1]}}}" for word in collections)
-    parts = name.split("/") if len(name) <= 512 else []
+    parts = name.split("/") if len(name) <= _LONGEST else []
     if len(parts) != 2 * len(collections) or tuple(parts[::2]) != collections:
         raise InvalidName(f"{quote(name)} is not of the form {form}")
     ids = tuple(parts[1::2])
     for word, text in zip(collections, ids, strict=True):
-        problem = task_id_problem(text) if word == "tasks" else id_problem(text)
-        if problem:
+        if problem := _problem_in(word, text):
             raise InvalidName(f"{word[:-1]} in {quote(name)}: {problem}")
     return ids
+
+
+def _problem_in(collection: str, text: str) -> str | None:
+    """What is wrong with an id of a collection; None if nothing is."""
+    return task_id_problem(text) if collection == "tasks" else id_problem(text)

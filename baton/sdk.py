@@ -19,18 +19,19 @@ This module loads nothing heavy: workers import it through the user's script.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, overload
 
-from baton import pythontask
+from baton import names, pythontask
 
 if TYPE_CHECKING:
     from baton.sdk_run import AsyncStartedRun, Results, StartedRun
@@ -124,7 +125,7 @@ class Task(Generic[P, R]):
 
     def using(self, **options: Any) -> Task[P, R]:
         """The same function with other options."""
-        return Task(self.baton_function, replace(self.options, **_frozen(options)))
+        return Task(self.baton_function, replace(self.options, **_frozen(f"{self.__name__}.using()", options)))
 
 
 @overload
@@ -134,9 +135,11 @@ def task(**options: Any) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 def task(
     function: Callable[P, R] | None = None, /, **options: Any
 ) -> Task[P, R] | Callable[[Callable[P, R]], Task[P, R]]:
-    """Makes a function a task; `options` are the fields of Options. Raises TypeError for an unknown one."""
-    chosen = Options(**_frozen(options))
+    """Makes a function a task; `options` are the fields of Options. Raises TypeError for an unknown one, naming the known."""
+    chosen = Options(**_frozen("@task", options))
     if function is not None:
+        if not callable(function):
+            raise TypeError(f"@task: {function!r} is no function: write options by name, such as @task(retry=3)")
         return Task(function, chosen)
     return lambda inner: Task(inner, chosen)
 
@@ -148,6 +151,8 @@ class Graph:
         """Runs are named `name` and a few letters (`graph.run(name=...)` says all of it). `files` travel beside the script's
         python files;
         `pack=False` sends no code: the functions are installed on the clusters."""
+        if name and (problem := names.id_problem(name)):
+            raise ValueError(f"the name of the graph, {problem}")
         self.name = name
         self.nodes: list[Node] = []
         if isinstance(files, str):
@@ -178,8 +183,8 @@ class Graph:
         after: Sequence[Handle[Any]] = (),
     ) -> Handle[R]:
         """A node that calls a task's function. Raises TypeError for arguments that are no JSON."""
-        parents: dict[str, None] = dict.fromkeys(handle.id for handle in after)
         where = f"{what.__name__}()"
+        parents: dict[str, None] = dict.fromkeys(self._parents(where, after))
         if pythontask.ARGS_KEY in named:
             raise TypeError(f"{where}: {pythontask.ARGS_KEY} is no name for an argument")
         try:
@@ -204,12 +209,22 @@ class Graph:
         after: Sequence[Handle[Any]] = (),
         **options: Any,
     ) -> Handle[Any]:
-        """A node that runs a program: argv, never a shell string. Its result is the file $BATON_RESULT names."""
+        """A node that runs a program: argv, never a shell string. Its result is the file $BATON_RESULT names.
+
+        Raises TypeError for an option that is not known and for words that are no text, ValueError for a bad id."""
+        where = f"task {task_id!r}"
+        if problem := names.task_id_problem(task_id):
+            raise ValueError(f"the id of a task, {problem}")
         if task_id in self._ids:
             raise ValueError(f"{task_id!r} is already the id of a task of this graph")
+        chosen = Options(**_frozen(where, options, ("argv", "env", "after")))
+        if isinstance(argv, str):
+            raise TypeError(f"{where}: argv: write a list of words, {argv.split()!r}; no shell reads it")
+        words = tuple(_text(where, f"argv[{n}]", each) for n, each in enumerate(argv))
+        variables = {key: _text(where, f"env[{key!r}]", each) for key, each in (env or {}).items()}
+        parents = tuple(dict.fromkeys(self._parents(where, after)))
         self._ids.add(task_id)
-        parents = tuple(dict.fromkeys(handle.id for handle in after))
-        return self._add(Node(task_id, parents, Options(**_frozen(options)), argv=tuple(argv), env=dict(env or {})))
+        return self._add(Node(task_id, parents, chosen, argv=words, env=variables))
 
     def fresh(self, wish: str) -> str:
         """An id that no task of this graph has: the wish itself, or with a number."""
@@ -228,7 +243,8 @@ class Graph:
 
     def run(self, *, deadline: str | float, endpoint: str | Sequence[str] = (), **where: Any) -> Results:
         """Creates a run and waits for its results. `deadline`: from now ("5m", or seconds). `endpoint` and `context`,
-        `namespace` name the federation as the command line does; by default the current context.
+        `namespace` name the federation as the command line does; by default the current context. `name`: the run's id; `priority`:
+        -1000 to 1000.
 
         Raises RunFailed (with the tasks that failed) and BatonError.
         """
@@ -253,8 +269,20 @@ class Graph:
         _refuse_in_worker()
         from baton import sdk_run  # noqa: PLC0415 - loads gRPC
 
+        _refuse_unknown("run", where, ("context", "namespace", "name", "priority"), ("deadline", "endpoint"))
         endpoints = (endpoint,) if isinstance(endpoint, str) and endpoint else tuple(endpoint)
         return await sdk_run.start(self, deadline=deadline, endpoints=endpoints, **where)
+
+    def _parents(self, where: str, after: Sequence[Handle[Any]]) -> Iterator[str]:
+        """The ids of the handles. Raises TypeError for anything else."""
+        if isinstance(after, Handle | str):
+            raise TypeError(f"{where}: after: write a list of handles, after=[...]")
+        for each in after:
+            if not isinstance(each, Handle):
+                raise TypeError(f"{where}: after: {each!r} is no handle: pass what the task's call gave")
+            if each.graph is not self:
+                raise TypeError(f"{where}: after: {each.id} is a task of another graph")
+            yield each.id
 
     def _add(self, node: Node) -> Handle[Any]:
         self.nodes.append(node)
@@ -318,12 +346,50 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-_")[:50] or "task"
 
 
+def _text(where: str, name: str, value: Any) -> str:
+    """A word of a program's argv or environment. Raises TypeError: what a number should look like is its writer's to say."""
+    if not isinstance(value, str):
+        raise TypeError(f"{where}: {name}: {value!r} is no text: write str(...) of it")
+    return value
+
+
 _LISTS = frozenset({"requirements", "clusters", "tolerations"})
 """The options that are lists of texts."""
 
+_KNOWN = tuple(each.name for each in fields(Options))
 
-def _frozen(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with their lists as tuples. Raises TypeError for one text where a list is meant: its letters would be taken."""
+_SYNONYMS = {
+    "retries": "retry",
+    "attempts": "retry",
+    "max_retries": "retry",
+    "execution_timeout": "timeout",
+    "depends_on": "after",
+    "parents": "after",
+    "upstream": "after",
+    "trigger_rule": "trigger",
+    "cpus": "cpu",
+    "mem": "memory",
+    "packages": "requirements",
+    "cluster": "clusters",
+    "expected_duration": "expected",
+}
+"""Words of other tools, and of the API, that are too far from ours for the nearest spelling to find."""
+
+
+def _refuse_unknown(where: str, given: Iterable[str], known: tuple[str, ...], more: tuple[str, ...] = ()) -> None:
+    """Raises TypeError for the first option that is not known, naming the nearest and all; `more` are parameters beside them."""
+    for name in given:
+        if name not in known:
+            right = (*known, *more)
+            close = [_SYNONYMS[name]] if _SYNONYMS.get(name) in right else difflib.get_close_matches(name, right, n=1)
+            meant = f"did you mean {close[0]!r}? " if close else ""
+            raise TypeError(f"{where}: {name!r} is no option; {meant}The options are {', '.join(right)}")
+
+
+def _frozen(where: str, options: dict[str, Any], more: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Options with their lists as tuples. Raises TypeError for one that is not known, and for one text where a list is meant: its
+    letters would be taken."""
+    _refuse_unknown(where, options, _KNOWN, more)
     for name in _LISTS & options.keys():
         if isinstance(options[name], str):
             raise TypeError(f"{name}: write a list, [{options[name]!r}]")

@@ -7,20 +7,22 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 
 from baton import client_sync, contexts, names, packing, quantity
 from baton.artifact_wire import is_large
 from baton.artifacts import RESULT
-from baton.client import AsyncClient, Tls
+from baton.client import AsyncClient, tls_of
 from baton.clock import Entropy, SystemEntropy
 from baton.errors import InvalidField
 from baton.v1 import graph_pb2, run_pb2
 
 if TYPE_CHECKING:
     from baton.sdk import Graph, Handle, Node, Options
+
+Number = TypeVar("Number", int, float)
 
 SUFFIX_BYTES = 4
 """Of chance behind a run's name. 4,000 runs of one graph that history still holds meet by chance once in 500 such histories; the
@@ -119,7 +121,7 @@ class StartedRun:
         try:
             return client_sync.wait(self.async_started.results())
         except KeyboardInterrupt as interrupt:
-            short = self.name.rpartition("/")[2]
+            short = self.name.removeprefix(f"namespaces/{names.DEFAULT_NAMESPACE}/runs/")
             interrupt.add_note(f"{self.name} goes on: `baton watch {short}` follows it, `baton cancel {short}` ends it")
             raise
 
@@ -219,8 +221,7 @@ def why_failed(task: run_pb2.TaskStatus) -> str:
 
 
 def _client(to: contexts.Context) -> AsyncClient:
-    tls = Tls(to.ca, to.certificate, to.key) if to.ca or to.certificate or to.key else None
-    return AsyncClient(to.endpoints, tls=tls)
+    return AsyncClient(to.endpoints, namespace=to.namespace, tls=tls_of(to))
 
 
 def _apply(options: Options, task: graph_pb2.Task) -> None:
@@ -236,12 +237,16 @@ def _apply(options: Options, task: graph_pb2.Task) -> None:
     if options.cpu is not None:
         task.resources.cpu_millis = _amount(str(options.cpu), "cpu")
     if options.memory is not None:
-        task.resources.memory_bytes = _amount(options.memory, "memory")
+        task.resources.memory_bytes = _amount(str(options.memory), "memory")
     if options.disk is not None:
-        task.resources.disk_bytes = _amount(options.disk, "disk")
+        task.resources.disk_bytes = _amount(str(options.disk), "disk")
     if isinstance(options.retry, int):
         task.retry.max_attempts = options.retry
     elif options.retry is not None:
+        if not isinstance(options.retry, Mapping):
+            raise InvalidField(
+                f'retry: {options.retry!r}: write a number of attempts, or {{"attempts": 3, "backoff": "1s"}}'
+            )
         _apply_retry(options.retry, task.retry)
     task.clusters.extend(options.clusters)
     task.cluster_selector.update(options.selector)
@@ -259,11 +264,11 @@ def _apply_retry(of: Mapping[str, Any], retry: graph_pb2.RetryPolicy) -> None:
     for key, value in of.items():
         match key:
             case "attempts":
-                retry.max_attempts = int(value)
+                retry.max_attempts = _number(value, "retry.attempts", int)
             case "losses":
-                retry.max_infrastructure_losses = int(value)
+                retry.max_infrastructure_losses = _number(value, "retry.losses", int)
             case "multiplier":
-                retry.backoff_multiplier = float(value)
+                retry.backoff_multiplier = _number(value, "retry.multiplier", float)
             case "backoff":
                 _set_duration(value, "retry.backoff", retry.initial_backoff)
             case "max_backoff":
@@ -272,11 +277,20 @@ def _apply_retry(of: Mapping[str, Any], retry: graph_pb2.RetryPolicy) -> None:
                 raise InvalidField(f"retry.{key}: is not known; use attempts, backoff, max_backoff, multiplier, losses")
 
 
+def _number(value: Any, name: str, kind: Callable[[Any], Number]) -> Number:
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise InvalidField(f"{name}: {value!r}: write a number") from None
+
+
 def _set_duration(text: str, name: str, into: Duration) -> None:
     into.FromNanoseconds(round(_seconds(text, name) * 1e9))
 
 
 def _seconds(text: str, name: str) -> float:
+    if not isinstance(text, str):
+        raise InvalidField(f'{name}: {text!r}: write a text with units, e.g. "30s", "10m" or "500ms"')
     try:
         return quantity.duration_nanos(text) / 1e9
     except ValueError as error:

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from baton import contexts
-from baton.cli import render, session
+from baton.cli import INTERRUPTED, render, session
 from baton.clock import SystemClock
 from baton.errors import InvalidField
 from baton.leases import PROFILES
@@ -28,7 +28,7 @@ from lab.etcd_binary import EtcdNotFound
 from lab.health import headline, part_word
 from lab.layout import BadSettings, Layout, Settings, default_directory
 from lab.parts import PartFailed
-from lab.supervisor import AlreadyRunning, supervise
+from lab.supervisor import AlreadyRunning, supervise, why
 
 DONE, FAILED, USAGE, NO_SUCH_PART, NOTHING_RUNS = 0, 1, 2, 5, 6
 
@@ -139,7 +139,7 @@ def _run_here(layout: Layout, settings: Settings) -> None:
     try:
         asyncio.run(supervise(layout, settings, ready))
     except (AlreadyRunning, EtcdNotFound, PartFailed, InvalidField, OSError) as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {why(error, layout)}", err=True)
         raise SystemExit(FAILED) from None
     click.echo(
         f"stopped; `{session.invoked()} local up{hints.suffix(layout)}` goes on with what is in {layout.directory}"
@@ -168,6 +168,10 @@ def _start_detached(layout: Layout, settings: Settings) -> None:
     while clock.boot() < deadline:
         try:
             supervisor.wait(LOOK_SECONDS)
+        except KeyboardInterrupt:
+            go_on = f"`{session.invoked()} local status{hints.suffix(layout)}` shows it, `down` ends it"
+            click.echo(f"\ninterrupted; it goes on starting: {go_on}", err=True)
+            raise SystemExit(INTERRUPTED) from None
         except subprocess.TimeoutExpired:
             try:
                 status = control.ask(layout, "status")
@@ -178,7 +182,8 @@ def _start_detached(layout: Layout, settings: Settings) -> None:
                 supervisor.returncode = 0  # it goes on without us
                 return
         else:
-            click.echo(f"error: {processes.tail(log, 8_000)}", err=True)
+            said = processes.tail(log, 8_000).strip()
+            click.echo(f"error: {said or f'it ended and could not say why in {log}; is the disk full?'}", err=True)
             raise SystemExit(FAILED)
     supervisor.terminate()
     supervisor.wait()

@@ -162,6 +162,13 @@ class _Orders:
                 raise Refused(f"there is no order {what!r}")
 
 
+def why(error: Exception, layout: Layout) -> str:
+    """What ended `supervise`, for people: a full disk is told with its place."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return f"{error.filename or layout.directory}: {error.strerror}"
+
+
 def main() -> int:
     """Supervise until told to end; what went wrong is on stderr."""
     parser = argparse.ArgumentParser(prog="python -m lab.supervisor", description="Own a local federation.")
@@ -172,11 +179,12 @@ def main() -> int:
     parser.add_argument("--cpus", type=int, required=True)
     parser.add_argument("--apart", action="store_true")
     given = parser.parse_args()
+    layout = Layout(given.directory.absolute())
     settings = Settings(given.replicas, tuple(given.clusters.split(",")), given.profile, given.cpus, given.apart)
     try:
-        asyncio.run(supervise(Layout(given.directory.absolute()), settings, lambda _status: None))
+        asyncio.run(supervise(layout, settings, lambda _status: None))
     except (AlreadyRunning, BadSettings, EtcdNotFound, PartFailed, InvalidField, OSError) as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{why(error, layout)}\n")
         return 1
     return 0
 

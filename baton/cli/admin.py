@@ -125,16 +125,16 @@ async def _count_down(clock: Clock, seconds: float) -> None:
 
 
 @admin.command()
-@click.option("-o", "--output", type=click.Choice(render.FORMATS), default="table", show_default=True)
+@session.output(*render.FORMATS)
 @session.connected
-def namespaces(output: str, to: Context) -> None:
+def namespaces(form: str, to: Context) -> None:
     """List namespaces.
 
     \b
     Example:
       baton admin namespaces -o json
     """
-    render.show(_NAMESPACES, session.ask(to, AsyncClient.list_namespaces), output)
+    render.show(_NAMESPACES, session.ask(to, AsyncClient.list_namespaces), form)
 
 
 @admin.command()

@@ -68,15 +68,19 @@ def artifacts() -> None:
 @artifacts.command("list")
 @click.argument("run", metavar="RUN", shell_complete=completion.complete_runs)
 @click.argument("task", metavar="[TASK]", default="")
-@click.option("-o", "--output", "form", type=click.Choice(render.FORMATS), default="table", help="How it is printed.")
+@session.output(*render.FORMATS)
 @session.connected
 def list_(run: str, task: str, form: str, to: Context) -> None:
-    """List the artifacts that the tasks of a run, or one of them, have published.
+    """List the artifacts that the tasks of a run, or one of them (RUN TASK or RUN/TASK), have published.
 
     \b
     Example:
       baton artifacts list nightly
+      baton artifacts list nightly/train
     """
+    if not task and (run.count("/") == 1 or "/tasks/" in run):
+        of = session.task_name(run, to)
+        run, task = str(of.parent), of.task
     name = str(session.run_name(run, to))
 
     async def ask(client: AsyncClient) -> list[agent_pb2.ArtifactSource]:

@@ -79,15 +79,22 @@ def init(file: str) -> None:
       baton init nightly.yaml
       baton run nightly.yaml --wait
     """
+    if not file:
+        raise click.UsageError("FILE is empty: name the file to write, or `-` for standard output")
     if file == "-":
         click.echo(EXAMPLE, nl=False)
         return
     try:
-        with Path(file).open("x", encoding="utf-8") as new:
-            new.write(EXAMPLE)
+        new = Path(file).open("x", encoding="utf-8")  # noqa: SIM115 - closed below, where a failure is the disk's
     except FileExistsError:
         raise click.UsageError(f"{file} is there already: choose another name") from None
     except OSError as error:
+        raise click.UsageError(f"{file} cannot be written: {error.strerror}") from None
+    try:
+        with new:
+            new.write(EXAMPLE)
+    except OSError as error:
+        Path(file).unlink(missing_ok=True)  # an empty file would be in the way of the next try
         raise click.UsageError(f"{file} cannot be written: {error.strerror}") from None
     click.echo(f"{file}: written; try `{session.invoked()} run {file} --wait`")
 
@@ -125,7 +132,7 @@ def validate(file: str, as_json: bool) -> None:
         tasks, problems = len(graphfile.load(file).spec.tasks), []
     except graphfile.GraphFileError as error:
         tasks, problems = 0, error.problems
-    told = [{"file": p.file, "line": p.line, "field": p.field, "what": p.what, "fix": p.fix} for p in problems]
+    told = [{"file": p.file, "line": p.line or None, "field": p.field, "what": p.what, "fix": p.fix} for p in problems]
     render.echo_data({"good": not problems, "tasks": tasks, "problems": told}, "json")
     if problems:
         raise click.exceptions.Exit(session.BAD_INPUT)

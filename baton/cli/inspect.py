@@ -133,11 +133,11 @@ _SHARDS: Kind[admin_pb2.Shard] = Kind(
 
 
 @click.command()
-@click.argument("what", type=click.Choice(_WHAT))
+@click.argument("what", type=click.Choice(_WHAT), required=False, metavar="|".join(_WHAT))
 @click.argument("name", required=False, shell_complete=completion.complete_things)
-@click.option("-o", "--output", type=click.Choice(render.FORMATS), default="table", show_default=True)
+@session.output(*render.FORMATS)
 @session.connected
-def get(what: str, name: str | None, output: str, to: Context) -> None:
+def get(what: str | None, name: str | None, form: str, to: Context) -> None:
     """List runs, the tasks of a run, clusters, replicas or shards; or show one by NAME.
 
     \b
@@ -147,10 +147,12 @@ def get(what: str, name: str | None, output: str, to: Context) -> None:
       baton get task nightly/report -o json
       baton get clusters -o name
     """
+    if what is None:
+        raise click.UsageError(f"get what? Name one of {', '.join(_WHAT)}")
     now = SystemClock().wall()
     plural = _SINGULAR.get(what, what)
     if plural == "tasks":
-        _get_tasks(what, name, output, to)
+        _get_tasks(what, name, form, to)
     elif plural == "runs":
         if name is None and what == "run":
             raise click.UsageError("which run? Write `baton get run NAME`, or `baton get runs` for all")
@@ -162,7 +164,7 @@ def get(what: str, name: str | None, output: str, to: Context) -> None:
             found = await _all(client.list_runs(to.namespace))
             return sorted(found, key=lambda run: render.seconds(run.create_time))
 
-        render.show(_runs(now), session.ask(to, runs), output, alone=full is not None)
+        render.show(_runs(now), session.ask(to, runs), form, alone=full is not None)
     elif plural == "clusters":
         if name is None and what == "cluster":
             raise click.UsageError("which cluster? Write `baton get cluster NAME`, or `baton get clusters` for all")
@@ -171,31 +173,31 @@ def get(what: str, name: str | None, output: str, to: Context) -> None:
         async def clusters(client: AsyncClient) -> list[cluster_pb2.Cluster]:
             return [await client.get_cluster(str(cluster))] if cluster else await _all(client.list_clusters())
 
-        render.show(_clusters(now), session.ask(to, clusters), output, alone=cluster is not None)
+        render.show(_clusters(now), session.ask(to, clusters), form, alone=cluster is not None)
     elif name is not None:
         raise click.UsageError(f"`baton get {what}` takes no name")
     elif what == "replicas":
-        render.show(_replicas(now), session.ask(to, AsyncClient.list_replicas), output)
+        render.show(_replicas(now), session.ask(to, AsyncClient.list_replicas), form)
     else:
         answer = session.ask(to, AsyncClient.list_shards)
-        render.show(_SHARDS, list(answer.shards), output)
+        render.show(_SHARDS, list(answer.shards), form)
         if answer.restore_suspected:
             click.echo(f"a restore is suspected: {session.clean(answer.restore_detail)}", err=True)
             click.echo("nothing is written until `baton admin restored`", err=True)
 
 
-def _get_tasks(what: str, name: str | None, output: str, to: Context) -> None:
+def _get_tasks(what: str, name: str | None, form: str, to: Context) -> None:
     if name is None:
-        form = "RUN/TASK" if what == "task" else "RUN"
-        raise click.UsageError(f"which one? Write `baton get {what} {form}`")
+        wanted = "RUN/TASK" if what == "task" else "RUN"
+        raise click.UsageError(f"which one? Write `baton get {what} {wanted}`")
     if what == "task" or ("/" in name and not name.startswith("namespaces/")):
         one = session.task_name(name, to)
         task = session.ask(to, lambda client: client.get_task(str(one)))
-        render.show(_tasks(str(one.parent)), [task], output, alone=True)
+        render.show(_tasks(str(one.parent)), [task], form, alone=True)
         return
     run = str(session.run_name(name, to))
     tasks = session.ask(to, lambda client: _all(client.list_tasks(run)))
-    render.show(_tasks(run), tasks, output)
+    render.show(_tasks(run), tasks, form)
 
 
 async def _all(items: AsyncIterator[Item]) -> list[Item]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
+from typing import Any
 
 import click
 
@@ -51,8 +52,61 @@ _SYNONYMS = (
 """Words for one wish, in other tools and in other commands of ours: whoever writes one is told the one that the command has."""
 
 
+_ELSEWHERE = {
+    "help": "--help",
+    "submit": "run FILE",
+    "apply": "run FILE",
+    "create": "run FILE",
+    "start": "run FILE",
+    "trigger": "run FILE",
+    "stop": "cancel RUN",
+    "delete": "cancel RUN",
+    "kill": "cancel RUN",
+    "terminate": "cancel RUN",
+    "ls": "get runs",
+    "list": "get runs",
+    "ps": "get runs",
+    "runs": "get runs",
+    "tasks": "get tasks RUN",
+    "clusters": "get clusters",
+    "nodes": "get clusters",
+    "status": "describe RUN",
+    "show": "describe RUN",
+    "inspect": "describe RUN",
+    "explain": "describe RUN/TASK",
+    "log": "logs RUN/TASK",
+    "history": "timeline RUN",
+    "events": "watch RUN",
+    "plan": "validate FILE",
+    "lint": "validate FILE",
+    "up": "local up",
+    "down": "local down",
+    "backup": "admin backup FILE",
+    "restore": "admin restore FILE",
+    "namespaces": "admin namespaces",
+}
+"""What other tools call it -> what it is here: a newcomer's first guess costs one line, not a look at the help."""
+
+
 class _Root(click.Group):
     """The group, with plug-ins and failures."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] in _ELSEWHERE and self.get_command(ctx, args[0]) is None:
+            ctx.fail(f"No such command {args[0]!r}: use `{session.invoked()} {_ELSEWHERE[args[0]]}`.")
+        return super().resolve_command(ctx, args)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """As click's; output that cannot be written (a full disk) ends with UNREACHABLE: what was asked for may have been done."""
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            _to_nowhere()
+            what = session.clean(str(error.filename)) if error.filename else "the output"
+            click.echo(f"error: {what} cannot be read or written: {error.strerror or error}", err=True)
+            sys.exit(session.UNREACHABLE)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *importlib.metadata.entry_points(group=PLUGINS).names})
@@ -95,8 +149,13 @@ class _Root(click.Group):
             ctx.exit(INTERRUPTED)
         except BrokenPipeError:
             # `baton get runs | head`: whoever read has enough. Standard output goes nowhere, so that the exit is silent.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _to_nowhere()
             ctx.exit(session.SUCCEEDED)
+
+
+def _to_nowhere() -> None:
+    """Standard output leads nowhere from here on, so that what it still holds is no second failure at the exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _with_right_one(error: click.NoSuchOption) -> click.NoSuchOption:

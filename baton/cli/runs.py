@@ -170,10 +170,13 @@ def watch(run: str, after: int, as_json: bool, to: Context) -> None:
 
     async def story() -> None:
         async with session.open_client(to) as client:
-            if as_json:
-                await _print_events(client, name, after)
-            else:
-                await _wait(client, await client.get_run(name), after=after, as_json=False)
+            try:
+                if as_json:
+                    await _print_events(client, name, after)
+                else:
+                    await _wait(client, await client.get_run(name), after=after, as_json=False)
+            except asyncio.CancelledError:
+                raise _Detached("") from None  # a question: whether it was answered does not matter
 
     _until_detached(story(), to)
 
@@ -230,7 +233,7 @@ moment can take a cancellation with it (gRPC's unary calls). Shorter would cut w
 
 
 class _Detached(Exception):
-    """Ctrl-C ended a wait for this run."""
+    """Ctrl-C ended a wait for this run; without a name: a question whose repetition harms nothing."""
 
     def __init__(self, run: str) -> None:
         super().__init__(run)
@@ -263,19 +266,26 @@ def _until_detached(story: Coroutine[Any, Any, None], to: Context) -> None:
     try:
         asyncio.run(guarded())
     except _Detached as detached:
-        click.echo("\ndetached; the run goes on", err=True)
-        _hints(detached.run, to)
+        click.echo("\ndetached; the run goes on" if detached.run else "interrupted", err=True)
+        if detached.run:
+            _hints(detached.run, to)
         sys.exit(INTERRUPTED)
     except asyncio.CancelledError:
-        click.echo("\ninterrupted before an answer: look with `baton get runs` before you repeat it", err=True)
+        look = f"{session.invoked()} get runs{_space(to)}{session.same_federation()}"
+        click.echo(f"\ninterrupted before an answer: look with `{look}` before you repeat it", err=True)
         sys.exit(INTERRUPTED)
 
 
 def _hints(name: str, to: Context) -> None:
-    run = names.parse_run(name)
-    space = "" if run.namespace == to.namespace == names.DEFAULT_NAMESPACE else f" -n {run.namespace}"
-    click.echo(f"  watch:  {session.invoked()} watch {run.run}{space}", err=True)
-    click.echo(f"  cancel: {session.invoked()} cancel {run.run}{space}", err=True)
+    run = names.parse_run(name).run
+    flags = _space(to) + session.same_federation()
+    click.echo(f"  watch:  {session.invoked()} watch {run}{flags}", err=True)
+    click.echo(f"  cancel: {session.invoked()} cancel {run}{flags}", err=True)
+
+
+def _space(to: Context) -> str:
+    """The flag that names the namespace, if it needs any."""
+    return "" if to.namespace == names.DEFAULT_NAMESPACE else f" -n {to.namespace}"
 
 
 def _leave(state: run_pb2.RunState.ValueType) -> None:

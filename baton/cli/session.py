@@ -11,16 +11,17 @@ import asyncio
 import functools
 import importlib.metadata
 import os
+import shlex
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
 from baton import contexts, names, requestid
-from baton.client import AsyncClient, Tls
+from baton.client import AsyncClient, tls_of
 from baton.contexts import Context
 from baton.errors import UNKNOWN, BatonError
 from baton.v1 import run_pb2
@@ -108,6 +109,18 @@ def invoked() -> str:
     return clean(sys.argv[0])
 
 
+def same_federation() -> str:
+    """The flags that named the federation of this command, for one that its user is told to type next; "" if there were none."""
+    ctx = click.get_current_context(silent=True)
+    if ctx is None:
+        return ""
+    outer, own = ctx.find_root().params, ctx.params
+    words = [word for each in own.get("endpoint") or outer.get("endpoint") or () for word in ("--endpoint", each)]
+    if context := own.get("context") or outer.get("context"):
+        words += ["--context", context]
+    return clean(f" {shlex.join(words)}") if words else ""
+
+
 def request_id_option(command: Command) -> Command:
     """--request-id, of commands that change something; not in the help, for only an error's reader needs it."""
     return click.option("--request-id", default="", hidden=True, callback=_request_id)(command)
@@ -122,16 +135,36 @@ def _request_id(_ctx: click.Context, _param: click.Parameter, text: str) -> str:
     return text
 
 
+def output(*forms: str) -> Callable[[Command], Command]:
+    """-o FORM and --json; the command receives `form`, one of `forms`: the first unless one is asked for."""
+
+    def decorate(command: Command) -> Command:
+        @click.option(
+            "-o",
+            "--output",
+            "form",
+            type=click.Choice(forms),
+            default=forms[0],
+            show_default=True,
+            help="How it is printed.",
+        )
+        @click.option("--json", "flagged", is_flag=True, help="The same as -o json.")
+        @functools.wraps(command)
+        def wrapped(*args: Any, form: str, flagged: bool, **kwargs: Any) -> Any:
+            return command(*args, form="json" if flagged else form, **kwargs)
+
+        return cast("Command", wrapped)
+
+    return decorate
+
+
 def json_output(command: Callable[..., Any]) -> Callable[..., Any]:
     """-o text|json and --json, of commands that tell one thing; the command receives `as_json`."""
 
-    @click.option(
-        "-o", "--output", "form", type=click.Choice(("text", "json")), default="text", help="How it is printed."
-    )
-    @click.option("--json", "flagged", is_flag=True, help="The same as -o json.")
+    @output("text", "json")
     @functools.wraps(command)
-    def wrapped(*args: Any, form: str, flagged: bool, **kwargs: Any) -> Any:
-        return command(*args, as_json=flagged or form == "json", **kwargs)
+    def wrapped(*args: Any, form: str, **kwargs: Any) -> Any:
+        return command(*args, as_json=form == "json", **kwargs)
 
     return wrapped
 
@@ -168,8 +201,7 @@ def connected(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def open_client(to: Context) -> AsyncClient:
     """The client of a context. Raises InvalidField or Denied."""
-    tls = Tls(to.ca, to.certificate, to.key) if to.ca or to.certificate or to.key else None
-    return AsyncClient(to.endpoints, tls=tls)
+    return AsyncClient(to.endpoints, namespace=to.namespace, tls=tls_of(to))
 
 
 def ask(to: Context, question: Callable[[AsyncClient], Awaitable[Answer]]) -> Answer:

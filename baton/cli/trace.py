@@ -23,7 +23,7 @@ WIDTH = 44
 ROWS = 200
 """Lines shown without --all: the critical path and moves first, then in order of time."""
 
-FORMS = ("waterfall", "otlp", "jaeger")
+FORMS = ("waterfall", "json", "otlp", "jaeger")
 
 PHASES = {
     trace_pb2.SPAN_KIND_QUEUE: ".",
@@ -35,7 +35,7 @@ PHASES = {
 
 @click.command()
 @click.argument("run", metavar="RUN", shell_complete=completion.complete_runs)
-@click.option("-o", "--output", "form", type=click.Choice(FORMS), default="waterfall", help="How it is printed.")
+@session.output(*FORMS)
 @click.option("--all", "everything", is_flag=True, help=f"Every line, not only {ROWS}.")
 @session.connected
 def trace(run: str, form: str, everything: bool, to: Context) -> None:
@@ -50,6 +50,8 @@ def trace(run: str, form: str, everything: bool, to: Context) -> None:
     spans = session.ask(to, lambda client: client.get_trace(name))
     if form == "otlp":
         render.echo_data(traces.otlp(spans), "json")
+    elif form == "json":
+        render.echo_data({"spans": [render.plain(span) for span in spans]}, "json")
     elif form == "jaeger":
         render.echo_data(traces.jaeger(spans), "json")
     else:

@@ -293,6 +293,9 @@ def test_nothing_runs_and_bad_settings(home: Home) -> None:
     assert "twice" in home.baton("local", "up", "--clusters", "eu,eu", code=2).stderr
     assert "another part" in home.baton("local", "up", "--clusters", "etcd", code=2).stderr
     home.baton("local", "up", "--profile", "reckless", code=2)
+    (home.path / "contexts").write_text("current = ")
+    assert "is not TOML" in home.baton("local", "up", code=2).stderr  # before anything is started
+    (home.path / "contexts").unlink()
     for detach in ((), ("--detach",)):
         assert "--directory" in home.baton("local", "up", "--directory", "/proc/x", *detach, code=2).stderr
 

@@ -347,6 +347,8 @@ async def test_the_command_line_lists_and_fetches(tmp_path: Path) -> None:
         ]
         code, out, _ = await command(node, tmp_path, "artifacts", "nightly", "train", "-o", "json")
         assert [each["artifact"]["name"] for each in json.loads(out)["artifacts"]] == ["model.bin", "result"]
+        for same in ("nightly/train", "namespaces/default/runs/nightly/tasks/train"):
+            assert (await command(node, tmp_path, "artifacts", same, "--json"))[:2] == (0, out)
         assert (await command(node, tmp_path, "artifacts", "get", "nightly", "train", "model.bin"))[0] == 0
         code, out, _ = await command(node, tmp_path, "artifacts", "get", "nightly", "train", "model.bin", "-o", "-")
         assert (code, out) == (0, data)

@@ -50,6 +50,18 @@ async def test_init_writes_a_graph_that_runs_and_never_overwrites(cli: Shell) ->
     assert (await cli("run", "new.yaml", "--wait")).code == 0
 
 
+async def test_an_init_that_could_not_write_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    """The same limit of a file's size that a full disk is to a writer."""
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    line = f'trap "" XFSZ; ulimit -f 0; "{sys.executable}" -B -m baton.cli init new.yaml'
+    process = await asyncio.create_subprocess_exec(
+        "bash", "-c", line, env=env, cwd=tmp_path, stderr=asyncio.subprocess.PIPE
+    )
+    _, err = await asyncio.wait_for(process.communicate(), 60)
+    assert (process.returncode, b"new.yaml cannot be written: File too large" in err) == (2, True), err
+    assert not (tmp_path / "new.yaml").exists()
+
+
 async def test_validate_as_json_names_line_field_and_fix(cli: Shell) -> None:
     good, bad = cli.graph(), cli.folder / "bad.yaml"
     bad.write_text("apiVersion: baton/v1\nkind: Graph\nspec: {tasks: [{id: a, argv: [x], retyr: 1}]}\n")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from baton import contexts
+from baton.errors import InvalidField
 from control_plane.store.versions import Support
 from lab import etcd_binary, hints
 from lab.federation import Federation
 from lab.health import headline, part_word
 from lab.layout import Layout, Settings
-from lab.supervisor import context_name
+from lab.supervisor import context_name, why
 
 
 def status(stage: str = "running", **parts: tuple[str, str]) -> dict[str, Any]:
@@ -64,6 +66,19 @@ def test_hints_can_be_pasted(
     Path(hints.EXAMPLE).touch()
     hints.say(told)
     assert f"baton run {hints.EXAMPLE} --wait --context local\n" in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_written_is_named_with_what_to_do(tmp_path: Path) -> None:
+    contexts.check_writable({"BATON_CONFIG": str(tmp_path / "new" / "contexts")})
+    for write in (contexts.check_writable, lambda env: contexts.write_context("a", ["127.0.0.1:1"], env=env)):
+        with pytest.raises(
+            InvalidField, match=r"^/proc/none/contexts: cannot be written: .*; name another file with BATON_CONFIG"
+        ):
+            write({"BATON_CONFIG": "/proc/none/contexts"})
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert why(full, Layout(tmp_path)) == f"{tmp_path}: No space left on device"
+    assert why(OSError(errno.EROFS, "Read-only", "/x"), Layout(tmp_path)) == "/x: Read-only"
+    assert why(InvalidField("in words"), Layout(tmp_path)) == "in words"
 
 
 def test_how_one_part_is() -> None:

@@ -333,8 +333,12 @@ def test_ctrl_c_ends_the_waiting_and_says_that_the_run_goes_on(monkeypatch: pyte
         raise KeyboardInterrupt
 
     monkeypatch.setattr(client_sync, "wait", interrupted)
-    run = run_pb2.Run(name="namespaces/default/runs/words-1a2b")
-    started = sdk_run.StartedRun(sdk_run.AsyncStartedRun(run, contexts.Context(endpoints=("127.0.0.1:1",))))
-    with pytest.raises(KeyboardInterrupt) as told:
-        started.results()
-    assert "`baton watch words-1a2b`" in told.value.__notes__[0]
+    for name, typed in (
+        ("namespaces/default/runs/words-1a2b", "words-1a2b"),
+        ("namespaces/team/runs/words-1a2b", "namespaces/team/runs/words-1a2b"),  # else looked for in the default one
+    ):
+        to = contexts.Context(endpoints=("127.0.0.1:1",))
+        started = sdk_run.StartedRun(sdk_run.AsyncStartedRun(run_pb2.Run(name=name), to))
+        with pytest.raises(KeyboardInterrupt) as told:
+            started.results()
+        assert f"`baton watch {typed}`" in told.value.__notes__[0]
