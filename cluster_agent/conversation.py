@@ -40,6 +40,9 @@ RECEIPT_SECONDS = 0.1
 """How long a receipt waits for something else to travel with. Smaller: a message of its own for each dispatch; larger comes near
 the two seconds after which an owner sends again."""
 
+EARLY_SECONDS = 0.001
+"""By how much a timer may be early: clocks round. Smaller, and a reminder of the last femtosecond sets itself again and again."""
+
 GUARD_PATIENCE_SECONDS = 1.0
 """How long a heartbeat waits for a tick of the guard, which ticks several times a second, before it says that it is
 silent."""
@@ -165,7 +168,7 @@ class Conversation:
         self._reminded = False
         if self._receipts and not self.ended.is_set():
             left = self._receipts_since + RECEIPT_SECONDS - self._parts.clock.boot()
-            if left > 0.0:
+            if left > EARLY_SECONDS:
                 self._remind(left)
             else:
                 self.put(None)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 
 from baton.clock import SystemClock
+from lab.apart import each
 from lab.exhaustive.explorer import Exploration, Model, Report
 from lab.exhaustive.journal_facts import JournalBounds
 from lab.exhaustive.journal_world import JournalWorld
@@ -89,10 +90,8 @@ def run(slices: str, minutes: float, jobs: int) -> int:
 
 def _all(plans: Sequence[Plan], until: float, jobs: int) -> Iterator[tuple[Plan, Report]]:
     """As they come to their end."""
-    with ProcessPoolExecutor(max(1, min(jobs, len(plans)))) as pool:
-        asked = {pool.submit(explore, plan.bounds, until): plan for plan in plans}
-        for done in as_completed(asked):
-            yield asked[done], done.result()
+    for place, report in each((partial(explore, plan.bounds, until) for plan in plans), jobs):
+        yield plans[place], report
 
 
 def lines_of(plan: Plan, report: Report) -> list[str]:
@@ -128,12 +127,11 @@ def run_removals(names: str, minutes: float, jobs: int) -> int:
         return 2
     clock = SystemClock()
     begin = clock.boot()
-    ends = [begin + 60 * minutes] * len(chosen)
+    until = begin + 60 * minutes
     found = 0
-    with ProcessPoolExecutor(max(1, min(jobs, len(chosen)))) as pool:
-        for missing, report in zip(chosen, pool.map(hunt, [missing.name for missing in chosen], ends), strict=True):
-            found += bool(report.stories)
-            print("\n".join(_missed(missing, report)), flush=True)
+    for place, report in each((partial(hunt, missing.name, until) for missing in chosen), jobs):
+        found += bool(report.stories)
+        print("\n".join(_missed(chosen[place], report)), flush=True)
     print(f"exhaustive: {found} of {len(chosen)} removals shown, {clock.boot() - begin:.0f} s")
     return 0 if found == len(chosen) else 1
 

@@ -10,22 +10,24 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import repeat
+from functools import partial
 
 from control_plane.core.events import AttemptsFinished, AttemptsLost
 from control_plane.core.model import AttemptState
+from lab.apart import INTERRUPTED, Died, each
 from lab.checking.history import Violation
 from lab.checking.judging import judge
 from lab.exhaustive import hunt
 from lab.simulation import sabotage
-from lab.simulation.apart import SEEDS, apart
 from lab.simulation.faults import KINDS
 from lab.simulation.record import tally
 from lab.simulation.removal import swapped
 from lab.simulation.story import tell
 from lab.simulation.world import LIVELY, Outcome, Shape, simulate
+
+AT_ONCE = 8
+"""Seeds that one child tries: some 50 MB of dead worlds. More: memory; fewer: forks, and the pages that each copies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +81,19 @@ def verdict_of(outcome: Outcome, seconds: float) -> Verdict:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0 if every promise was kept, 1 if not."""
+    """The exit code: 0 if every promise was kept, 1 if not, 2 for a wrong flag, 130 after ctrl-C."""
     options = _parse(arguments)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("sim: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Died as died:
+        print(f"sim: {died}", file=sys.stderr)
+        return 1
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.exhaustive:
         return _exhaustive(options)
     if options.sabotage:
@@ -166,21 +179,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _many(seeds: range, shape: Shape, jobs: int) -> Iterator[Verdict]:
+    """As they end."""
     jobs = max(1, min(jobs, len(seeds)))
     # A few at a time, and at the end no process waits long for another.
-    step = max(1, min(SEEDS, len(seeds) // (4 * jobs)))
-    parts = [seeds[start : start + step] for start in range(0, len(seeds), step)]
-    if jobs == 1:
-        for part in parts:
-            yield from _try_apart(part, shape)
-        return
-    with ProcessPoolExecutor(jobs) as pool:
-        for verdicts in pool.map(_try_apart, parts, repeat(shape)):
-            yield from verdicts
+    step = max(1, min(AT_ONCE, len(seeds) // (4 * jobs)))
+    parts = (seeds[start : start + step] for start in range(0, len(seeds), step))
+    for _, verdicts in each((partial(_try_all, part, shape) for part in parts), jobs):
+        yield from verdicts
 
 
-def _try_apart(seeds: range, shape: Shape) -> list[Verdict]:
-    return apart(lambda: [try_seed(seed, shape) for seed in seeds])
+def _try_all(seeds: range, shape: Shape) -> list[Verdict]:
+    return [try_seed(seed, shape) for seed in seeds]
 
 
 def _one(seed: int, shape: Shape, *, whole: bool) -> int:
@@ -214,6 +223,6 @@ def _sum_up(verdicts: Sequence[Verdict], seconds: float) -> int:
 
 
 def _closing(verdicts: Sequence[Verdict], seconds: float) -> str:
-    bad = [str(verdict.seed) for verdict in verdicts if verdict.violations]
+    bad = [str(seed) for seed in sorted(verdict.seed for verdict in verdicts if verdict.violations)]
     broken = f"violations in {len(bad)} ({', '.join(bad[:20])})" if bad else "0 violations"
     return f"sim: {len(verdicts)} seeds in {seconds:.1f} s ({len(verdicts) / max(seconds, 1e-9):.2f} seeds/s), {broken}"

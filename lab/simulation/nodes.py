@@ -20,10 +20,13 @@ from collections.abc import Callable, Coroutine, Generator
 from enum import Enum
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 
-from lab.virtual_time import MAX_STEPS, Deadlock, Spinning, VirtualLoop
+from lab.virtual_time import Deadlock, Spinning, VirtualLoop
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+
+STILL = 100_000
+"""Loop turns without time passing after which a world spins. A whole seed has 20,000."""
 
 NODE: contextvars.ContextVar[Node | None] = contextvars.ContextVar("node", default=None)
 
@@ -156,7 +159,8 @@ class SimLoop(VirtualLoop):
     def __init__(self, shuffle: random.Random | None = None) -> None:
         super().__init__()
         self.nodes: list[Node] = []
-        self.turns = 0
+        self.turns = self._moved = 0
+        """Loop turns, and how many there were when time last went on."""
         self.buried = False
         """The run is over: even dead nodes' callbacks run now, so that their tasks can be cancelled."""
         self.spawned: set[asyncio.Task[Any]] = set()
@@ -270,19 +274,24 @@ class SimLoop(VirtualLoop):
         heapq.heappush(self._timers, (when, self._set, timer))
         return timer
 
+    def _jump(self) -> None:
+        """Nothing is left to do now: go on at the next timer's time."""
+        if not self._timers:
+            raise Deadlock("nothing is ready and no timer is set")
+        if self._timers[0][0] > self._now:
+            self._now, self._moved = self._timers[0][0], self.turns
+
     def _run_once(self) -> None:
         """One turn: let time jump if there is nothing to do, then run what is ready, in seeded order."""
         self.turns += 1
-        if self.turns > MAX_STEPS:
-            raise Spinning(f"{MAX_STEPS} loop turns, and the virtual time is only {self._now}")
+        if self.turns - self._moved > STILL:
+            raise Spinning(f"{STILL} loop turns, and the virtual time is still {self._now}")
         ready: deque[Any] = self._ready  # type: ignore[attr-defined]  # as above
         timers = self._timers
         while timers and timers[0][2]._cancelled:  # noqa: SLF001 - asyncio.Handle's own state
             heapq.heappop(timers)
         if not ready and not self._stopping:  # type: ignore[attr-defined]  # as above
-            if not timers:
-                raise Deadlock("nothing is ready and no timer is set")
-            self._now = max(self._now, timers[0][0])
+            self._jump()
         end = self._now + 1e-9
         while timers and timers[0][0] < end:
             ready.append(heapq.heappop(timers)[2])

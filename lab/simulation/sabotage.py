@@ -9,15 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 
+from lab.apart import apart, each
 from lab.checking.history import Violation
 from lab.checking.judging import judge
 from lab.simulation import removals_agent, removals_fleet, removals_store
-from lab.simulation.apart import SEEDS as AT_ONCE
-from lab.simulation.apart import apart
 from lab.simulation.removal import Removal, swapped
 from lab.simulation.world import simulate
 
@@ -30,6 +28,10 @@ SEEDS = 5000
 
 SECONDS = 1200.0
 """Time for all of them together, on two cores (issue 5)."""
+
+
+AT_ONCE = 8
+"""Seeds that one child tries: see `lab.apart`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +125,5 @@ def hunt_all(names: Sequence[str], base: int | None, jobs: int) -> int:
 def _hunts(names: Sequence[str], base: int | None, until: float, jobs: int) -> Iterator[Caught]:
     """Hunts as they end."""
     tries = max(1, SEEDS // len(names))
-    if min(jobs, len(names)) <= 1:
-        for name in names:
-            yield hunt(name, base, tries, until)
-        return
-    with ProcessPoolExecutor(jobs) as pool:
-        for done in as_completed([pool.submit(hunt, name, base, tries, until) for name in names]):
-            yield done.result()
+    for _, caught in each((partial(hunt, name, base, tries, until) for name in names), jobs):
+        yield caught
