@@ -105,7 +105,9 @@ class Archiver:
         for shard in list(self._controller.owned().values()):
             if shard.id == FLEET or shard.lost:
                 continue
-            uids = list(_machine(shard).archivable())
+            uids = _machine(shard).archivable()
+            if not uids:
+                continue
             final.update(uids)
             due = [uid for uid in uids if now - self._seen.setdefault(uid, now) >= DELAY]
             if due:

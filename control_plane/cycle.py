@@ -89,7 +89,7 @@ class Cycle:
             while True:
                 self._wake.clear()
                 good = self.lease_good()
-                busy = await self._decide_all() if good else False
+                busy, due = await self._decide_all() if good else (False, math.inf)
                 group = self._next_group()
                 if group:
                     crowd = sum(len(slot.decision.answers) for slot in group if slot.decision is not None)
@@ -99,7 +99,7 @@ class Cycle:
                 elif busy:
                     await self._clock.sleep(0)
                 else:
-                    self._set_alarm(self._next_timer() if good else LAPSED_POLL)
+                    self._set_alarm(max(0.0, due - self._clock.wall()) if good else LAPSED_POLL)
                     await self._wake.wait()
         finally:
             for task in (self._alarm, *self._rebuilding):
@@ -134,13 +134,16 @@ class Cycle:
 
     # -- deciding ------------------------------------------------------------------------------------------------------
 
-    async def _decide_all(self) -> bool:
-        """Decide for every open shard that has work; whether anything was done. Yields every slice (J2)."""
-        busy, since, now = False, self._clock.boot(), self._clock.wall()
+    async def _decide_all(self) -> tuple[bool, float]:
+        """Decide for every open shard that has work. Whether anything was done, and if not, the wall time of the next timer.
+        Yields every slice (J2)."""
+        busy, since, now, due_at = False, self._clock.boot(), self._clock.wall(), self.decider.due_at
+        earliest = math.inf
         for slot in list(self.slots.values()):
             if slot.phase is not Phase.OPEN or slot.releasing:
                 continue
-            if not slot.inbox and (slot.sleeps(now) or self.decider.due_at(slot) > now):
+            if not slot.inbox and (due := due_at(slot)) > now:
+                earliest = min(earliest, due)
                 continue
             busy = True
             self._decide(slot)
@@ -150,7 +153,7 @@ class Cycle:
         for slot in self.slots.values():
             if slot.reads:
                 self._answer_reads(slot)
-        return busy
+        return busy, earliest
 
     def _decide(self, slot: Slot) -> None:
         try:
@@ -285,16 +288,10 @@ class Cycle:
         slot.phase = Phase.OPEN
         self.wake()
 
-    def _next_timer(self) -> float | None:
-        at = math.inf
-        for slot in self.slots.values():
-            if slot.phase is Phase.OPEN and (due := self.decider.due_at(slot)) < at:
-                at = due
-        return None if at == math.inf else max(0.0, at - self._clock.wall())
-
-    def _set_alarm(self, wait: float | None) -> None:
-        """Wake the cycle in `wait` seconds. An alarm that is due no later is left alone, so most calls cost nothing."""
-        if wait is None:
+    def _set_alarm(self, wait: float) -> None:
+        """Wake the cycle in `wait` seconds, never if that is infinity. An alarm that is due no later is left alone, so most calls
+        cost nothing."""
+        if wait == math.inf:
             return
         at = self._clock.boot() + wait
         if self._alarm is not None and not self._alarm.done():

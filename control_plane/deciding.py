@@ -73,7 +73,7 @@ class Decider:
         if slot.due_of is not machine:
             due = machine.due()
             slot.due, slot.due_of = (math.inf if due is None else due), machine
-        return max(slot.due, slot.quiet_until)
+        return max(slot.quiet_until, slot.due)
 
     def decide(self, slot: Slot) -> tuple[list[Answer], Decision | None]:
         """Handle what arrived. Either a decision to commit (its answers in it), or no events and answers to give now.

@@ -161,12 +161,6 @@ class Slot:
             raise RuntimeError(f"shard {self.shard} is still being taken")
         return self.handle
 
-    def sleeps(self, now: float) -> bool:
-        """Surely nothing is due at that wall time. Asked of every shard in every turn of the cycle, so it only looks."""
-        handle = self.handle
-        known = handle is not None and self.due_of is handle.machine
-        return known and (self.due > now or self.quiet_until > now)
-
     def entry(self) -> Entry:
         """The next part of its decision, under its fence."""
         decision, owned = self.decision, self.owned

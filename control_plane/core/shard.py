@@ -283,7 +283,7 @@ class RunShard:
         """Number of the last event of every live run, by uid."""
         return {uid: run.event_number for uid, run in self._state.runs.items()}
 
-    def archivable(self) -> Iterable[str]:
+    def archivable(self) -> tuple[str, ...]:
         """Uids of final runs that are not archived yet (J10)."""
         return tuple(self._state.final)
 

@@ -38,12 +38,9 @@ def check_txn(txn: Txn) -> None:
 
 def txn_bytes(txn: Txn) -> int:
     """An upper bound of the request's size on the wire, without a key prefix of more than a few bytes."""
-    total = 0
-    for compare in txn.compares:
-        total += _compare_bytes(compare)
-    for op in (*txn.success, *txn.failure):
-        total += len(op.key) + _OP_OVERHEAD + (len(op.value) if isinstance(op, Put) else 0)
-    return total
+    parts = (*txn.compares, *txn.success, *txn.failure)
+    values = sum([len(part.value) for part in parts if isinstance(part, Compare | Put)])
+    return sum([len(part.key) for part in parts]) + values + _OP_OVERHEAD * len(parts)
 
 
 def granted_ttl(ttl: float) -> int:
@@ -51,10 +48,6 @@ def granted_ttl(ttl: float) -> int:
     least 2 s (1.5 election time-outs of 1 s, rounded up)."""
     whole = int(ttl) + (1 if ttl > int(ttl) else 0)
     return max(2, whole)
-
-
-def _compare_bytes(compare: Compare) -> int:
-    return len(compare.key) + len(compare.value) + _OP_OVERHEAD
 
 
 def _refuse_double_writes(ops: Sequence[Put | Delete | Get]) -> None:
