@@ -35,6 +35,11 @@ def put_chunk(chunk: Chunk) -> artifact_pb2.PutArtifactRequest:
     return artifact_pb2.PutArtifactRequest(chunk=chunk_message(chunk))
 
 
+def put_end(chunks: int) -> artifact_pb2.PutArtifactRequest:
+    """The last message of an upload, after so many chunks: without it nothing is stored."""
+    return artifact_pb2.PutArtifactRequest(end=artifact_pb2.PutArtifactEnd(chunks=chunks))
+
+
 def ref_of(name: str, manifest: Manifest) -> agent_pb2.ArtifactRef:
     """The ref under which content with this manifest is known."""
     return agent_pb2.ArtifactRef(name=name, size=manifest.size, digest=manifest.digest())

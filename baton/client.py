@@ -391,5 +391,5 @@ async def _pieces(
         if size >= PIECE_BYTES:
             yield piece
             piece, size = run_pb2.CreateRunInPiecesRequest(), 0
-    if piece.tasks:
-        yield piece
+    piece.last = True
+    yield piece

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import grpc
 
 from baton import names
-from baton.artifact_wire import Incoming, put_chunk, put_header
+from baton.artifact_wire import Incoming, put_chunk, put_end, put_header
 from baton.artifacts import MAX_CODE_PACK_BYTES, CorruptArtifact, read_chunks
 from baton.client_call import Caller, error_of, full_name, may_retry
 from baton.client_streams import STREAM_SECONDS, Patience, next_message
@@ -126,8 +126,11 @@ class Artifacts:
 
         async def messages() -> AsyncIterator[artifact_pb2.PutArtifactRequest]:
             yield put_header(header)
+            sent = 0
             for chunk in read_chunks(io.BytesIO(archive)):
                 yield put_chunk(chunk)
+                sent += 1
+            yield put_end(sent)
 
         await self._caller.call(
             lambda to, s: to.artifacts.PutArtifact(messages(), timeout=s),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import grpc.aio
 
-from baton.artifact_wire import Incoming, put_chunk, put_header
+from baton.artifact_wire import Incoming, put_chunk, put_end, put_header
 from baton.artifacts import CHUNK_BYTES, pack
 from baton.v1 import agent_pb2, artifact_pb2, artifact_pb2_grpc
 from lab.federation import Federation
@@ -75,6 +75,7 @@ async def transfer(address: str, pid: int, megabytes: int) -> Figures:
         yield put_header(header)
         for index in range(megabytes):
             yield put_chunk(await asyncio.to_thread(pack, index, index.to_bytes(8, "big") + block))
+        yield put_end(megabytes)
 
     async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
         stub = artifact_pb2_grpc.ArtifactServiceStub(channel)

@@ -15,7 +15,7 @@ import grpc
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
-from baton.artifact_wire import Incoming, put_chunk, put_header
+from baton.artifact_wire import Incoming, put_chunk, put_end, put_header
 from baton.artifacts import Chunk, CorruptArtifact, read_chunks
 from baton.errors import (
     BatonError,
@@ -100,9 +100,11 @@ class GrpcCarrier:
         )
         try:
             await _step(call.write(put_header(header)), STEP_SECONDS)
-            chunks = read_chunks(file)
+            chunks, sent = read_chunks(file), 0
             while (chunk := await asyncio.to_thread(_next, chunks)) is not None:
                 await _step(call.write(put_chunk(chunk)), STEP_SECONDS)
+                sent += 1
+            await _step(call.write(put_end(sent)), STEP_SECONDS)
             await _step(call.done_writing(), STEP_SECONDS)
             answer = await _step(call, ANSWER_SECONDS)
         except (grpc.RpcError, asyncio.InvalidStateError, asyncio.CancelledError, TimeoutError) as error:

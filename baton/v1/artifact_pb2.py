@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import agent_pb2 as baton_dot_v1_dot_agent__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62\x61ton/v1/artifact.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61ton/v1/agent.proto\"\x91\x01\n\x11PutArtifactHeader\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\'\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x14.baton.v1.AttemptRefH\x00\x12\x15\n\x0b\x63ode_sha256\x18\x03 \x01(\tH\x00\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x13\n\x0b\x63luster_uid\x18\x05 \x01(\tB\x06\n\x04kind\"Q\n\rArtifactChunk\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x13\n\x0b\x63ompression\x18\x04 \x01(\r\"u\n\x12PutArtifactRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.baton.v1.PutArtifactHeaderH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.baton.v1.ArtifactChunkH\x00\x42\x06\n\x04part\">\n\x13PutArtifactResponse\x12\'\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x15.baton.v1.ArtifactRef\"\xb6\x01\n\x12GetArtifactRequest\x12*\n\x06source\x18\x01 \x01(\x0b\x32\x18.baton.v1.ArtifactSourceH\x00\x12\x30\n\tpublished\x18\x02 \x01(\x0b\x32\x1b.baton.v1.PublishedArtifactH\x00\x12$\n\x04\x63ode\x18\x03 \x01(\x0b\x32\x14.baton.v1.CodeSourceH\x00\x12\x13\n\x0b\x66irst_chunk\x18\x04 \x01(\x05\x42\x07\n\x05which\"<\n\x11PublishedArtifact\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"/\n\nCodeSource\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"x\n\x13GetArtifactResponse\x12\'\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x15.baton.v1.ArtifactRef\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.baton.v1.ArtifactChunk\x12\x10\n\x08manifest\x18\x03 \x01(\x0c\"3\n\x0eHasCodeRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"!\n\x0fHasCodeResponse\x12\x0e\n\x06stored\x18\x01 \x01(\x08\"X\n\x14ListArtifactsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"]\n\x15ListArtifactsResponse\x12+\n\tartifacts\x18\x01 \x03(\x0b\x32\x18.baton.v1.ArtifactSource\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xbf\x02\n\x0f\x41rtifactService\x12L\n\x0bPutArtifact\x12\x1c.baton.v1.PutArtifactRequest\x1a\x1d.baton.v1.PutArtifactResponse(\x01\x12L\n\x0bGetArtifact\x12\x1c.baton.v1.GetArtifactRequest\x1a\x1d.baton.v1.GetArtifactResponse0\x01\x12>\n\x07HasCode\x12\x18.baton.v1.HasCodeRequest\x1a\x19.baton.v1.HasCodeResponse\x12P\n\rListArtifacts\x12\x1e.baton.v1.ListArtifactsRequest\x1a\x1f.baton.v1.ListArtifactsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62\x61ton/v1/artifact.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61ton/v1/agent.proto\"\x91\x01\n\x11PutArtifactHeader\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\'\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x14.baton.v1.AttemptRefH\x00\x12\x15\n\x0b\x63ode_sha256\x18\x03 \x01(\tH\x00\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x13\n\x0b\x63luster_uid\x18\x05 \x01(\tB\x06\n\x04kind\"Q\n\rArtifactChunk\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x13\n\x0b\x63ompression\x18\x04 \x01(\r\"\x9e\x01\n\x12PutArtifactRequest\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.baton.v1.PutArtifactHeaderH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.baton.v1.ArtifactChunkH\x00\x12\'\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x18.baton.v1.PutArtifactEndH\x00\x42\x06\n\x04part\" \n\x0ePutArtifactEnd\x12\x0e\n\x06\x63hunks\x18\x01 \x01(\x05\">\n\x13PutArtifactResponse\x12\'\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x15.baton.v1.ArtifactRef\"\xb6\x01\n\x12GetArtifactRequest\x12*\n\x06source\x18\x01 \x01(\x0b\x32\x18.baton.v1.ArtifactSourceH\x00\x12\x30\n\tpublished\x18\x02 \x01(\x0b\x32\x1b.baton.v1.PublishedArtifactH\x00\x12$\n\x04\x63ode\x18\x03 \x01(\x0b\x32\x14.baton.v1.CodeSourceH\x00\x12\x13\n\x0b\x66irst_chunk\x18\x04 \x01(\x05\x42\x07\n\x05which\"<\n\x11PublishedArtifact\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"/\n\nCodeSource\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"x\n\x13GetArtifactResponse\x12\'\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x15.baton.v1.ArtifactRef\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.baton.v1.ArtifactChunk\x12\x10\n\x08manifest\x18\x03 \x01(\x0c\"3\n\x0eHasCodeRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"!\n\x0fHasCodeResponse\x12\x0e\n\x06stored\x18\x01 \x01(\x08\"X\n\x14ListArtifactsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"]\n\x15ListArtifactsResponse\x12+\n\tartifacts\x18\x01 \x03(\x0b\x32\x18.baton.v1.ArtifactSource\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xbf\x02\n\x0f\x41rtifactService\x12L\n\x0bPutArtifact\x12\x1c.baton.v1.PutArtifactRequest\x1a\x1d.baton.v1.PutArtifactResponse(\x01\x12L\n\x0bGetArtifact\x12\x1c.baton.v1.GetArtifactRequest\x1a\x1d.baton.v1.GetArtifactResponse0\x01\x12>\n\x07HasCode\x12\x18.baton.v1.HasCodeRequest\x1a\x19.baton.v1.HasCodeResponse\x12P\n\rListArtifacts\x12\x1e.baton.v1.ListArtifactsRequest\x1a\x1f.baton.v1.ListArtifactsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,26 +36,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUTARTIFACTHEADER']._serialized_end=205
   _globals['_ARTIFACTCHUNK']._serialized_start=207
   _globals['_ARTIFACTCHUNK']._serialized_end=288
-  _globals['_PUTARTIFACTREQUEST']._serialized_start=290
-  _globals['_PUTARTIFACTREQUEST']._serialized_end=407
-  _globals['_PUTARTIFACTRESPONSE']._serialized_start=409
-  _globals['_PUTARTIFACTRESPONSE']._serialized_end=471
-  _globals['_GETARTIFACTREQUEST']._serialized_start=474
-  _globals['_GETARTIFACTREQUEST']._serialized_end=656
-  _globals['_PUBLISHEDARTIFACT']._serialized_start=658
-  _globals['_PUBLISHEDARTIFACT']._serialized_end=718
-  _globals['_CODESOURCE']._serialized_start=720
-  _globals['_CODESOURCE']._serialized_end=767
-  _globals['_GETARTIFACTRESPONSE']._serialized_start=769
-  _globals['_GETARTIFACTRESPONSE']._serialized_end=889
-  _globals['_HASCODEREQUEST']._serialized_start=891
-  _globals['_HASCODEREQUEST']._serialized_end=942
-  _globals['_HASCODERESPONSE']._serialized_start=944
-  _globals['_HASCODERESPONSE']._serialized_end=977
-  _globals['_LISTARTIFACTSREQUEST']._serialized_start=979
-  _globals['_LISTARTIFACTSREQUEST']._serialized_end=1067
-  _globals['_LISTARTIFACTSRESPONSE']._serialized_start=1069
-  _globals['_LISTARTIFACTSRESPONSE']._serialized_end=1162
-  _globals['_ARTIFACTSERVICE']._serialized_start=1165
-  _globals['_ARTIFACTSERVICE']._serialized_end=1484
+  _globals['_PUTARTIFACTREQUEST']._serialized_start=291
+  _globals['_PUTARTIFACTREQUEST']._serialized_end=449
+  _globals['_PUTARTIFACTEND']._serialized_start=451
+  _globals['_PUTARTIFACTEND']._serialized_end=483
+  _globals['_PUTARTIFACTRESPONSE']._serialized_start=485
+  _globals['_PUTARTIFACTRESPONSE']._serialized_end=547
+  _globals['_GETARTIFACTREQUEST']._serialized_start=550
+  _globals['_GETARTIFACTREQUEST']._serialized_end=732
+  _globals['_PUBLISHEDARTIFACT']._serialized_start=734
+  _globals['_PUBLISHEDARTIFACT']._serialized_end=794
+  _globals['_CODESOURCE']._serialized_start=796
+  _globals['_CODESOURCE']._serialized_end=843
+  _globals['_GETARTIFACTRESPONSE']._serialized_start=845
+  _globals['_GETARTIFACTRESPONSE']._serialized_end=965
+  _globals['_HASCODEREQUEST']._serialized_start=967
+  _globals['_HASCODEREQUEST']._serialized_end=1018
+  _globals['_HASCODERESPONSE']._serialized_start=1020
+  _globals['_HASCODERESPONSE']._serialized_end=1053
+  _globals['_LISTARTIFACTSREQUEST']._serialized_start=1055
+  _globals['_LISTARTIFACTSREQUEST']._serialized_end=1143
+  _globals['_LISTARTIFACTSRESPONSE']._serialized_start=1145
+  _globals['_LISTARTIFACTSRESPONSE']._serialized_end=1238
+  _globals['_ARTIFACTSERVICE']._serialized_start=1241
+  _globals['_ARTIFACTSERVICE']._serialized_end=1560
 # @@protoc_insertion_point(module_scope)

@@ -66,8 +66,8 @@ class ArtifactServiceServicer(object):
     """
 
     def PutArtifact(self, request_iterator, context):
-        """Stores an artifact of a live attempt, or a code archive. The first message is the header; then come the chunks, in order.
-        Nothing is readable before the answer; the same content may be sent again.
+        """Stores an artifact of a live attempt, or a code archive. The first message is the header; then come the chunks, in order;
+        the last message says how many they were. Nothing is readable before the answer; the same content may be sent again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

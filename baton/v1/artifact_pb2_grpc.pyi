@@ -20,8 +20,8 @@ class ArtifactServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PutArtifact: _aio.StreamUnaryMultiCallable[_artifact_pb2.PutArtifactRequest, _artifact_pb2.PutArtifactResponse]
-    """Stores an artifact of a live attempt, or a code archive. The first message is the header; then come the chunks, in order.
-    Nothing is readable before the answer; the same content may be sent again.
+    """Stores an artifact of a live attempt, or a code archive. The first message is the header; then come the chunks, in order;
+    the last message says how many they were. Nothing is readable before the answer; the same content may be sent again.
     """
     GetArtifact: _aio.UnaryStreamMultiCallable[_artifact_pb2.GetArtifactRequest, _artifact_pb2.GetArtifactResponse]
     """The content of an artifact, chunk after chunk."""
@@ -42,8 +42,8 @@ class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _abc.AsyncIterator[_artifact_pb2.PutArtifactRequest],
         context: _aio.ServicerContext[_abc.AsyncIterator[_artifact_pb2.PutArtifactRequest], _abc.Awaitable[_artifact_pb2.PutArtifactResponse]],
     ) -> _abc.Awaitable[_artifact_pb2.PutArtifactResponse]:
-        """Stores an artifact of a live attempt, or a code archive. The first message is the header; then come the chunks, in order.
-        Nothing is readable before the answer; the same content may be sent again.
+        """Stores an artifact of a live attempt, or a code archive. The first message is the header; then come the chunks, in order;
+        the last message says how many they were. Nothing is readable before the answer; the same content may be sent again.
         """
 
     @_abc_1.abstractmethod

@@ -739,6 +739,9 @@ class CreateRunInPiecesRequest(_message.Message):
 
     REQUEST_FIELD_NUMBER: _builtins.int
     TASKS_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    last: _builtins.bool
+    """This is the last piece. A broken connection can look like the end of a stream; a stream that ends without this was cut."""
     @_builtins.property
     def request(self) -> Global___CreateRunRequest:
         """First piece: everything but (possibly) tasks."""
@@ -752,10 +755,11 @@ class CreateRunInPiecesRequest(_message.Message):
         *,
         request: Global___CreateRunRequest | None = ...,
         tasks: _abc.Iterable[_graph_pb2.Task] | None = ...,
+        last: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last", b"last", "request", b"request", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

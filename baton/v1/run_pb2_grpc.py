@@ -96,7 +96,7 @@ class RunServiceServicer(object):
 
     def CreateRunInPieces(self, request_iterator, context):
         """As CreateRun, for graphs over the message limit: the first piece is the request, later ones carry more tasks. Nothing is
-        created unless the stream ends well.
+        created unless the piece that is marked as the last one comes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -22,7 +22,7 @@ class RunServiceStub:
     """
     CreateRunInPieces: _aio.StreamUnaryMultiCallable[_run_pb2.CreateRunInPiecesRequest, _run_pb2.CreateRunInPiecesResponse]
     """As CreateRun, for graphs over the message limit: the first piece is the request, later ones carry more tasks. Nothing is
-    created unless the stream ends well.
+    created unless the piece that is marked as the last one comes.
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_run_pb2.GetRunRequest, _run_pb2.GetRunResponse]
     """Reads a run. NOT_FOUND."""
@@ -61,7 +61,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_abc.AsyncIterator[_run_pb2.CreateRunInPiecesRequest], _abc.Awaitable[_run_pb2.CreateRunInPiecesResponse]],
     ) -> _abc.Awaitable[_run_pb2.CreateRunInPiecesResponse]:
         """As CreateRun, for graphs over the message limit: the first piece is the request, later ones carry more tasks. Nothing is
-        created unless the stream ends well.
+        created unless the piece that is marked as the last one comes.
         """
 
     @_abc_1.abstractmethod

@@ -281,12 +281,20 @@ class Artifacts:
 
 
 async def _chunks(pieces: AsyncIterator[artifact_pb2.PutArtifactRequest], asked: Asked) -> AsyncIterator[Chunk]:
-    """The chunks of an upload. Raises InvalidField, TimedOut."""
+    """The chunks of an upload, up to the message that ends it: a connection that breaks can look like the end of the stream, and half
+    an artifact would be stored as a whole one. Raises InvalidField, TimedOut."""
+    count = 0
     async for piece in pieces:
+        if piece.HasField("end"):
+            if piece.end.chunks != count:
+                raise invalid("end.chunks", f"is {piece.end.chunks}, but {count} came")
+            return
         if not piece.HasField("chunk"):
             raise invalid("chunk", "is missing: only the first message is the header")
         _check_time(asked)
         yield chunk_from(piece.chunk)
+        count += 1
+    raise invalid("end", f"is missing after {count} chunks: the stream was cut, and nothing is stored")
 
 
 def _check_time(asked: Asked) -> None:

@@ -71,10 +71,14 @@ class Creation:
     async def create_run_in_pieces(
         self, pieces: AsyncIterator[run_pb2.CreateRunInPiecesRequest], asked: Asked
     ) -> AsyncIterator[run_pb2.CreateRunInPiecesResponse]:
-        """RunService.CreateRunInPieces: nothing is created unless all pieces came."""
+        """RunService.CreateRunInPieces: nothing is created unless all pieces came. The last one says that it is: a connection that
+        breaks can look like the end of the stream."""
         whole: run_pb2.CreateRunRequest | None = None
-        size = 0
+        size, last = 0, False
         async for piece in pieces:
+            if last:
+                raise invalid("last", "is set in a piece that is followed by another")
+            last = piece.last
             size += piece.ByteSize()
             if whole is None:
                 if not piece.HasField("request"):
@@ -90,6 +94,8 @@ class Creation:
                 whole.spec.tasks.extend(piece.tasks)
         if whole is None:
             raise invalid("request", "is missing: the stream was empty")
+        if not last:
+            raise invalid("last", "is set in no piece: the stream was cut, and nothing is created")
         yield run_pb2.CreateRunInPiecesResponse(run=await self._create(whole, asked))
 
     async def _create(self, request: run_pb2.CreateRunRequest, asked: Asked) -> run_pb2.Run:

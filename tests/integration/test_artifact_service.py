@@ -17,7 +17,7 @@ import grpc.aio
 import pytest
 
 from baton import contexts
-from baton.artifact_wire import Incoming, put_chunk, put_header
+from baton.artifact_wire import Incoming, put_chunk, put_end, put_header
 from baton.artifacts import CHUNK_BYTES, Chunk, read_chunks
 from baton.client_call import error_of
 from baton.client_sync import Client
@@ -56,15 +56,19 @@ def header(name: str, *, cluster: str = CLUSTER, namespace: str = "default") -> 
 
 
 async def put(
-    node: Node, of: artifact_pb2.PutArtifactHeader, data: bytes | Iterable[Chunk]
+    node: Node, of: artifact_pb2.PutArtifactHeader, data: bytes | Iterable[Chunk], *, cut: bool = False
 ) -> agent_pb2.ArtifactSource:
     """As an agent does. Raises BatonError."""
     chunks = read_chunks(io.BytesIO(data)) if isinstance(data, bytes) else data
 
     async def messages() -> AsyncIterator[artifact_pb2.PutArtifactRequest]:
         yield put_header(of)
+        sent = 0
         for chunk in chunks:
             yield put_chunk(chunk)
+            sent += 1
+        if not cut:
+            yield put_end(sent)
 
     try:
         answer = await stub(node).PutArtifact(messages(), timeout=60)
@@ -134,6 +138,21 @@ class Interrupting(io.BytesIO):
         if self.writes == 2:
             self._act()  # type: ignore[operator]
         return super().write(data)  # type: ignore[arg-type]
+
+
+async def test_an_upload_without_its_end_is_not_stored(tmp_path: Path) -> None:
+    """A connection that breaks can look like the end of a stream: then the first half of a file would be taken for the file."""
+    data = content(5 * CHUNK_BYTES)
+    half = list(read_chunks(io.BytesIO(data)))[:2]
+    async with federation(tmp_path) as made:
+        (node,) = made.nodes
+        with pytest.raises(InvalidField, match="cut") as refused:
+            await put(node, header("model"), half, cut=True)
+        assert [each.field for each in refused.value.field_violations] == ["end"]
+        assert not any((tmp_path / "objects").rglob("manifest"))
+        source = await put(node, header("model"), data)
+        ask = artifact_pb2.GetArtifactRequest(source=source)
+        assert await get(node, ask, Incoming(source.artifact.digest)) == data
 
 
 async def test_a_download_goes_on_at_another_replica_where_it_was(tmp_path: Path) -> None:

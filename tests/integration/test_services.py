@@ -119,7 +119,9 @@ async def test_a_big_graph_comes_in_pieces_and_through_a_thread(node: Node) -> N
     async def pieces() -> AsyncIterator[run_pb2.CreateRunInPiecesRequest]:
         yield run_pb2.CreateRunInPiecesRequest(request=head)
         for start in range(0, len(ids), 2000):
-            yield run_pb2.CreateRunInPiecesRequest(tasks=whole.tasks[start : start + 2000])
+            yield run_pb2.CreateRunInPiecesRequest(
+                tasks=whole.tasks[start : start + 2000], last=start + 2000 >= len(ids)
+            )
 
     made = (await node.runs.CreateRunInPieces(pieces())).run
     assert made.task_count == 5000
@@ -135,7 +137,7 @@ async def test_a_big_graph_comes_in_pieces_and_through_a_thread(node: Node) -> N
     assert seen == ids
 
 
-async def test_pieces_without_a_head_or_with_two_create_nothing(node: Node) -> None:
+async def test_pieces_without_a_head_or_an_end_or_with_two_create_nothing(node: Node) -> None:
     async def headless() -> AsyncIterator[run_pb2.CreateRunInPiecesRequest]:
         yield run_pb2.CreateRunInPiecesRequest(tasks=spec("a").tasks)
 
@@ -143,8 +145,19 @@ async def test_pieces_without_a_head_or_with_two_create_nothing(node: Node) -> N
         yield run_pb2.CreateRunInPiecesRequest(request=creation("a"))
         yield run_pb2.CreateRunInPiecesRequest(request=creation("b"))
 
+    async def cut() -> AsyncIterator[run_pb2.CreateRunInPiecesRequest]:
+        """What a server sees of a connection that breaks may be no more than this: an end."""
+        yield run_pb2.CreateRunInPiecesRequest(request=creation("a"))
+        yield run_pb2.CreateRunInPiecesRequest(tasks=spec("b").tasks)
+
+    async def continued() -> AsyncIterator[run_pb2.CreateRunInPiecesRequest]:
+        yield run_pb2.CreateRunInPiecesRequest(request=creation("a"), last=True)
+        yield run_pb2.CreateRunInPiecesRequest(tasks=spec("b").tasks, last=True)
+
     assert fields_of(await failure(node.runs.CreateRunInPieces(headless()))) == ["request"]
     assert fields_of(await failure(node.runs.CreateRunInPieces(doubled()))) == ["request"]
+    assert fields_of(await failure(node.runs.CreateRunInPieces(cut()))) == ["last"]
+    assert fields_of(await failure(node.runs.CreateRunInPieces(continued()))) == ["last"]
     assert not (await node.runs.ListRuns(run_pb2.ListRunsRequest())).runs
 
 
