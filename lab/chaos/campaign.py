@@ -2,7 +2,9 @@
 
 Theory. A round is: users want graphs, the nemesis strikes a few times, everything is mended, and then every run must end by its own
 success within a stated patience, with nothing left behind. Safety is judged over the whole history after each round, so what is
-found is found in the round that broke it.
+found is found in the round that broke it. Graphs and strikes of a round are drawn before it, each from a generator of its own.
+
+Whoever cancels a campaign, in whatever phase, gets it back with every process ended and every task of it awaited.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from baton.audit import Verdict
 from baton.client import AsyncClient
@@ -24,9 +26,10 @@ from baton.v1 import cluster_pb2, run_pb2
 from control_plane.core.events import AttemptsLost
 from lab.chaos.effects import Effects
 from lab.chaos.ground import Ground
-from lab.chaos.nemesis import Nemesis, Strike
+from lab.chaos.nemesis import Nemesis
 from lab.chaos.offsets import why_not
 from lab.chaos.recorder import Recorder
+from lab.chaos.strikes import Deck, Strike
 from lab.chaos.users import LIFETIME, Users, graph, marathon
 from lab.checking.history import Record, Violation
 from lab.checking.judging import LIVENESS, SAFETY, Checker, judge
@@ -70,7 +73,7 @@ class Plan:
     members: int = 3
     """Of etcd."""
     rounds: int = 0
-    """0: as many as fit in `seconds`."""
+    """0: as many as fit in `seconds`, and one at least."""
     seconds: float = 600.0
     brief: bool = False
     """No round loses a cluster for longer than its leases: rounds of some twenty seconds."""
@@ -102,7 +105,6 @@ class Campaign:
     def __init__(self, plan: Plan, directory: Path, tell: Callable[[str], None]) -> None:
         """Raises EtcdNotFound."""
         self._plan, self._tell = plan, tell
-        self._rng = random.Random(f"chaos/{plan.seed}")  # noqa: S311 - it has to come again
         self._clock = SystemClock()
         self.result = Result(clocks=why_not())
         names = tuple(f"c{number}" for number in range(1, plan.clusters + 1))
@@ -125,9 +127,10 @@ class Campaign:
     async def run(self) -> Result:
         """All rounds. Raises PartFailed if a part cannot be started; violations are in the result."""
         async with self._living() as (recorder, users, nemesis):
+            deck = Deck(self._plan.seed, nemesis.targets)
             end = self._clock.boot() + self._plan.seconds
             while self._goes_on(end):
-                await self._round(recorder, users, nemesis)
+                await self._round(recorder, users, nemesis, deck)
                 if self.result.violations:
                     break
             else:
@@ -136,7 +139,7 @@ class Campaign:
 
     def _goes_on(self, end: float) -> bool:
         rounds = self._plan.rounds
-        return self.result.rounds < rounds if rounds else self._clock.boot() < end
+        return self.result.rounds < rounds if rounds else not self.result.rounds or self._clock.boot() < end
 
     @asynccontextmanager
     async def _living(self) -> AsyncIterator[tuple[Recorder, Users, Nemesis]]:
@@ -144,34 +147,38 @@ class Campaign:
         await ground.start()
         recorder = Recorder(ground.store.endpoints, self._zero)
         recording = asyncio.create_task(recorder.run())
+        whole = False
         try:
-            yield recorder, Users(ground.endpoints, self._zero), Nemesis(ground, self._rng)
+            yield recorder, Users(ground.endpoints, self._zero), Nemesis(ground)
             if recording.done():
                 recording.result()
+            whole = True
         finally:
-            recording.cancel()
-            await asyncio.gather(recording, return_exceptions=True)
+            await _ended([recording])
             await recorder.close()
+            if not whole:
+                await ground.kill_everything()  # an orderly end waits for what may be frozen or cut off
             await ground.stop()
 
     # -- one round -------------------------------------------------------------------------------------------------------
 
-    async def _round(self, recorder: Recorder, users: Users, nemesis: Nemesis) -> None:
+    async def _round(self, recorder: Recorder, users: Users, nemesis: Nemesis, deck: Deck) -> None:
         number, begin = self.result.rounds + 1, self._now()
         long = number % 2 == 1 and not self._plan.brief
+        strikes = deck.deal(number, *self._plan.strikes, long=long)
         work = self._want(users, number, long=long)
-        strikes = await self._harm(nemesis, self._rng.randint(*self._plan.strikes), long=long)
-        self._healed = self._now()
-        await asyncio.wait(work.values(), timeout=PATIENCE)
-        found = [
-            Violation("I15 progress", self._now(), f"run {run} is not final {PATIENCE:.0f} s after healing")
-            for run, task in work.items()
-            if not task.done()
-        ]
-        for task in work.values():
-            task.cancel()
-        crashed = [each for each in await asyncio.gather(*work.values(), return_exceptions=True) if each is not None]
-        found += [Violation("a client failed", self._now(), repr(each)) for each in crashed if not _cancelled(each)]
+        try:
+            hits = await self._harm(nemesis, strikes, long=long)
+            self._healed = self._now()
+            await asyncio.wait(work.values(), timeout=PATIENCE)
+            found = [
+                Violation("I15 progress", self._now(), f"run {run} is not final {PATIENCE:.0f} s after healing")
+                for run, task in work.items()
+                if not task.done()
+            ]
+        finally:
+            crashed = await _ended(work.values())
+        found += [Violation("a client failed", self._now(), repr(each)) for each in crashed]
         left = await self._settle()
         found += [Violation("I15 convergence", self._now(), text) for text in left]
         found += await self._ends(users, list(work))
@@ -179,7 +186,7 @@ class Campaign:
         self.result.rounds += not found
         self.result.hits = nemesis.hits
         self.result.violations += found
-        told = ", ".join(map(str, strikes))
+        told = ", ".join(map(str, hits)) or "nothing was hit"
         self._tell(
             f"round {number}: {told}: {len(work)} runs in {self._now() - begin:.0f} s, {self.result.moved} attempts moved so "
             f"far, {len(found)} violations"
@@ -187,30 +194,28 @@ class Campaign:
 
     def _want(self, users: Users, number: int, *, long: bool) -> dict[str, asyncio.Task[None]]:
         """Run id -> who fulfils it. A long round has work that outlives a recovery."""
-        rng, where = self._rng, self._effects.directory
+        rng = random.Random(f"chaos/{self._plan.seed}/{number}/graphs")  # noqa: S311 - it has to come again
+        where = self._effects.directory
         specs = {f"run-{number}-{each}": graph(rng, where, longest=8.0 if long else 3.0) for each in range(3)}
         width = max(2, self._plan.clusters)
         specs[f"marathon-{number}"] = marathon(where, 14.0 if long else 4.0, width)
         return {run: asyncio.create_task(users.fulfil(run, spec)) for run, spec in specs.items()}
 
-    async def _harm(self, nemesis: Nemesis, count: int, *, long: bool) -> list[Strike]:
-        """Strike so often, over a few seconds; returns when all is mended, with what hit."""
-        strikes: list[Strike] = []
+    async def _harm(self, nemesis: Nemesis, strikes: list[Strike], *, long: bool) -> list[Strike]:
+        """Strike, over a few seconds; returns when all is mended, with what hit."""
         mending: list[asyncio.Task[bool]] = []
-        await asyncio.sleep(self._rng.uniform(1.0, 2.5))
-        for place in range(count):
-            strike = nemesis.draw(long=long and place == 0)
-            if strike is not None:
+        try:
+            for place, strike in enumerate(strikes):
+                await asyncio.sleep(strike.after)
                 if long and place == 0:
                     await self._at_work(strike.target)
-                strikes.append(strike)
                 mending.append(asyncio.create_task(nemesis.strike(strike)))
-            await asyncio.sleep(self._rng.uniform(0.3, 2.5))
-        results = await asyncio.gather(*mending, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return [strike for strike, hit in zip(strikes, results, strict=True) if hit]
+            await asyncio.wait(mending)
+        finally:
+            failed = await _ended(mending)
+        if failed:
+            raise failed[0]
+        return [strike for strike, mended in zip(strikes, mending, strict=True) if mended.result()]
 
     async def _at_work(self, cluster: str) -> None:
         """Wait until the cluster has work, or long enough."""
@@ -300,5 +305,11 @@ class Campaign:
         return judge(record, checkers)
 
 
-def _cancelled(error: object) -> bool:
-    return isinstance(error, asyncio.CancelledError)
+async def _ended(tasks: Iterable[asyncio.Task[Any]]) -> list[BaseException]:
+    """Cancel what still runs of them and wait for all; how they failed otherwise."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    failed = [result for result in results if isinstance(result, BaseException)]
+    return [each for each in failed if not isinstance(each, asyncio.CancelledError)]

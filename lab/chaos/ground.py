@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -82,6 +83,11 @@ class Ground(Federation):
             for name in settings.clusters
         }
         self._replicas, self._clusters = {**self.replicas}, {**self.clusters}
+
+    async def kill_everything(self) -> None:
+        """SIGKILL all parts at once, however they are; `stop` then has nothing to wait for. What could not be killed, `stop` tells."""
+        parts: list[Part] = [*self.clusters.values(), *self.replicas.values(), *self.store.members.values()]
+        await asyncio.gather(*(part.kill() for part in parts), return_exceptions=True)
 
     def failed(self) -> list[str]:
         """Parts that are not as they should be while nothing is broken: they died by themselves."""

@@ -186,8 +186,9 @@ class SessionWorld:
             for generation, waits in shards.waits(w.shard, index):
                 timed = waits and generation <= self._level(w, index) and "loss-condition" not in self._without
                 if not timed or w.sites[index].passed >= generation:
+                    how = "has waited G since it saw" if waits else "waits no G after it saw"
                     yield Step(
-                        f"G is over for generation {generation}",
+                        f"the owner {how} the end of generation {generation}",
                         index,
                         w._replace(shard=shards.fence(w.shard, index, generation)),
                     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -88,9 +89,105 @@ def test_a_removal_is_put_back() -> None:
     assert explored(replace(removal.bounds, faults=1, tries=1)).stories == {}
 
 
+def test_a_removal_is_shown_with_a_control_of_the_same_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert hunt.run_removals("guard-time, stop-confirmation,guard-time,", None, 2) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("guard-time (F5") for line in lines) == 1
+    assert sum(line.startswith("control of guard-time: clean ") for line in lines) == 1
+    assert sum(line.startswith("control of stop-confirmation: clean ") for line in lines) == 1
+    assert lines[-1].startswith("exhaustive: 2 of 2 removals shown, 2 of 2 controls clean, ")
+
+
+def test_the_story_without_guard_time_says_whose_wait_is_left_out() -> None:
+    ((_, story),) = missed("guard-time").stories.items()
+    assert "ca: the owner waits no G after it saw the end of generation 1" in story
+
+
+@pytest.mark.parametrize(
+    ("states", "complete", "says"), [(9, False, False), (10, False, True), (300, False, True), (9, True, True)]
+)
+def test_a_control_has_to_see_as_much_as_the_story_needed_or_all(states: int, complete: bool, says: bool) -> None:
+    report = Report(states=states, complete=complete)
+    assert hunt.controlled(report, {"a": 7, "b": 10}) == says
+    assert not hunt.controlled(replace(report, stories={"J4": ["a step"]}), {"a": 7, "b": 10})
+
+
+def test_a_control_that_is_not_clean_or_not_far_enough_is_told() -> None:
+    bounds = SessionBounds()
+    assert hunt.control_lines(bounds, Report(states=400, complete=True), {"a": 300, "b": 20})[0] == (
+        "control of a, b: clean to its end, 400 states (the stories needed up to 300), 0 s"
+    )
+    far = hunt.control_lines(bounds, Report(states=400), {"a": 300})[0]
+    assert far == "control of a: clean in 400 states, at least as many as any story needed (300), NOT to its end, 0 s"
+    near = hunt.control_lines(bounds, Report(states=299), {"a": 300})[0]
+    assert near == "control of a: NOT judged: 299 states before its time was over, and a story needed 300, 0 s"
+    broken = hunt.control_lines(bounds, Report(states=5, stories={"J4": ["a step"]}), {"a": 300})
+    assert broken[0] == "control of a: BROKEN with every mechanism in place, 0 s"
+    assert broken[-1] == "      1. a step"
+
+
 def test_removals_have_names_of_their_own() -> None:
     names = [removal.name for removal in REMOVALS]
     assert len(set(names)) == len(names)
+
+
+# -- what is said, and refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", [partial(hunt.run, "a"), partial(hunt.run_removals, "all")])
+@pytest.mark.parametrize(
+    ("minutes", "jobs", "said"),
+    [
+        (-1.0, 1, "--minutes is -1; it must be more than 0"),
+        (0.0, 1, "--minutes is 0; it must be more than 0"),
+        (float("nan"), 1, "--minutes is nan; it must be more than 0"),
+        (None, 0, "--jobs is 0; it must be 1 or more"),
+    ],
+)
+def test_a_limit_without_sense_is_refused(
+    run: Callable[[float | None, int], int],
+    minutes: float | None,
+    jobs: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(minutes, jobs) == 2
+    assert capsys.readouterr() == ("", f"sim: {said}\n")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [("owner-compare,nope,none", "no removal nope, none; there are: all, "), (",", "--remove names no removal; ")],
+)
+def test_a_removal_that_is_not_known_is_named(names: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hunt.run_removals(names, None, 1) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"sim: {said}")
+    assert "guard-time" in err
+
+
+def test_a_removal_that_is_named_twice_is_one() -> None:
+    twice, unknown = hunt.chosen("guard-time,owner-compare,guard-time")
+    assert [each.name for each in twice] == ["guard-time", "owner-compare"]
+    assert unknown == []
+    assert hunt.chosen("all,guard-time")[0][0].name == "guard-time"
+    assert len(hunt.chosen("guard-time,all")[0]) == len(REMOVALS)
+
+
+def test_worlds_that_were_not_explored_to_their_end_are_told_and_fail_unless_time_was_limited() -> None:
+    whole, part = Report(states=10, complete=True), Report(states=20)
+    assert "in 3 worlds, 2 of them NOT complete, " in hunt.summary([whole, part, part], 1.0, 1)
+    assert "in 1 worlds, all complete, " in hunt.summary([whole], 1.0, 1)
+    assert hunt.verdict([whole, part], limited=False) == 1
+    assert hunt.verdict([whole, part], limited=True) == 0
+    assert hunt.verdict([whole], limited=False) == 0
+    assert hunt.verdict([replace(whole, stories={"J4": []})], limited=True) == 1
+
+
+def test_a_time_that_a_person_gave_and_that_is_over_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert hunt.run("a", 1e-9, 1) == 0
+    assert "2 of them NOT complete" in capsys.readouterr().out.splitlines()[-1]
 
 
 # -- the explorer ----------------------------------------------------------------------------------------------------------

@@ -1,20 +1,16 @@
-"""Effect logs, the network's switches and the deck of strikes: what chaos stands on, without a federation."""
+"""Effect logs: what chaos reads of the workloads' own notes, without a federation."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 from cluster_agent.executors.base import AttemptKey
 from control_plane.core import events as ev
 from control_plane.core.model import GraphTask, Stamp, TaskSpec
 from lab.chaos.effects import COARSE, DECIDED, Effects
-from lab.chaos.ground import Ground
-from lab.chaos.nemesis import BRIEF, GUARD_PAUSE, LONG, SIEGES, Nemesis
 from lab.checking.history import Record, Written
 from lab.checking.judging import judge
 from lab.checking.processes import no_overlap
-from lab.layout import Settings
 
 RUN = "namespaces/default/runs/r"
 
@@ -71,14 +67,3 @@ def test_copies_that_lived_at_once_are_found_in_effect_logs(tmp_path: Path) -> N
         record = Record(written, effects.ran(written), (), {}, healed=0.0, ended=40.0, died=())
         found = {each.invariant for each in judge(record, (no_overlap,))}
         assert found == ({"I9 no overlap"} if broken else set())
-
-
-def test_every_kind_of_strike_comes_before_any_comes_again(tmp_path: Path) -> None:
-    ground = Ground(tmp_path / "fed", Settings(3, ("c1", "c2", "c3"), "fast", 4), 3, {})
-    nemesis = Nemesis(ground, random.Random(1))
-    drawn = [nemesis.draw(long=False) for _ in nemesis.kinds]
-    assert sorted(strike.kind for strike in drawn if strike) == sorted(nemesis.kinds)
-    assert all(strike.seconds in BRIEF or strike.seconds == GUARD_PAUSE for strike in drawn if strike)
-    sieges = [nemesis.draw(long=True) for _ in SIEGES]
-    assert sorted(strike.kind for strike in sieges if strike) == sorted(SIEGES)
-    assert all(strike.seconds in LONG for strike in sieges if strike)
