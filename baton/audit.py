@@ -4,7 +4,7 @@ Theory. A journal knows the order of decisions for certain and the times of work
 hand-over of a task, from one attempt to the next, is judged by *evidence* and never by comparing clocks of two machines:
 
 - the earlier one ended by its own report, was rejected, or is known dead (`EVIDENCE_REPORTED`): there was no overlap;
-- it is dead by its own guard's clock (`EVIDENCE_TIMED`): there was none while the bounds of F5 held, and that is what is said;
+- the time of its guard had passed (`EVIDENCE_TIMED`): there was none while the bounds of F5 held, and that is what is said;
 - nobody knows (`EVIDENCE_NONE`), or it still lives: an overlap is possible, and must have been declared by the placement of
   the later one, that is before it started (F6, F7). If it was not, the promise is broken.
 

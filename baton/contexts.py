@@ -40,9 +40,12 @@ class Context:
 
 
 def config_path(env: Mapping[str, str]) -> Path:
-    """The file of contexts: $BATON_CONFIG, or .config/baton/contexts.toml in the home folder."""
+    """The file of contexts: $BATON_CONFIG, or baton/contexts.toml in $XDG_CONFIG_HOME, by default .config in the home folder."""
     given = env.get(CONFIG_VARIABLE)
-    return Path(given) if given else Path(env.get("HOME") or Path.home()) / ".config" / "baton" / "contexts.toml"
+    if given:
+        return Path(given)
+    base = env.get("XDG_CONFIG_HOME") or Path(env.get("HOME") or Path.home()) / ".config"
+    return Path(base) / "baton" / "contexts.toml"
 
 
 def read_contexts(env: Mapping[str, str]) -> tuple[str, dict[str, Context]]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -84,6 +84,10 @@ class Link:
     """Attempts to be stopped whose runs are not known: nothing in the machine remembers them (F8)."""
 
 
+def _nobody(_uids: Iterable[str], _cluster: str) -> None:
+    """Nobody wants to know."""
+
+
 class Dispatcher:
     """Links of all run shards this replica owns. A `controller.Listener`."""
 
@@ -92,6 +96,8 @@ class Dispatcher:
         self._links: dict[tuple[str, str], Link] = {}
         self._reports: dict[tuple[str, str], asyncio.Queue[peer.FromCluster]] = {}
         self._workers: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self.on_orphans: Callable[[Iterable[str], str], None] = _nobody
+        """Told of the uids of runs that no owner knows, and the name of the cluster that has work of them."""
         calls.register(INVENTORY, self._inventory)
 
     # -- controller.Listener -----------------------------------------------------------------------------------------
@@ -147,6 +153,10 @@ class Dispatcher:
             with contextlib.suppress(asyncio.QueueFull):
                 message.stream = f"{replica}\n{message.stream}"
                 queue.put_nowait(message)
+
+    def _cluster_name(self, uid: str) -> str:
+        facts = self._view.table.clusters.get(uid)
+        return facts.name if facts else uid
 
     async def _settle_reports(self, shard: str, cluster: str, queue: asyncio.Queue[peer.FromCluster]) -> None:
         """Journal reports, all that wait as one command, then acknowledge them (J7)."""
@@ -231,7 +241,9 @@ class Dispatcher:
                 self._dispatch(owned, link, missing)
                 link.orphans = dict.fromkeys(verdict.orphans[-MAX_ORPHANS:])
                 self._stop(owned, link, [*stops, *verdict.orphans])
-            for uid in list(dict.fromkeys(orphan.run for orphan in verdict.orphans))[:TOLD_ORPHANS]:
+            unknown = list(dict.fromkeys(orphan.run for orphan in verdict.orphans))
+            self.on_orphans(unknown, self._cluster_name(cluster))
+            for uid in unknown[:TOLD_ORPHANS]:
                 log.warning("work of an unknown run is stopped", extra={"run": uid, "shard": shard, "cluster": cluster})
         yield owned.owner_value
 

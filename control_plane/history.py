@@ -1,9 +1,10 @@
 """Finished runs: the History port, what it is given, and its form in memory (PROTOCOL J10).
 
-Theory. A final run never changes, so it needs no fence: it is inserted if absent, under (incarnation, uid), as often as anybody
-likes. Only after that insert is durable does the owner commit `RunArchived` and drop the live state. So at every moment a run
-is live, or in history, or both with the same content; a reader that finds it nowhere live and then not in history may say
-NOT_FOUND. If two incarnations bring the same run (a restored store ran it again, J12), the earlier outcome is the one shown.
+Theory. The outcome of a final run never changes, so it needs no fence: it is inserted under (incarnation, uid), as often as anybody
+likes; only evidence may join it (late results, confirmed stops), so of two inserts the one with more events stays. Only after an
+insert with all of them is durable does the owner commit `RunArchived` and drop the live state. So at every moment a run is live,
+or in history, or both, and then what is live counts; a reader that finds it nowhere live and then not in history may say NOT_FOUND.
+If two incarnations bring the same run (a restored store ran it again, J12), the earlier outcome is the one shown.
 
 What is stored is what the public calls answer: `Run`, its `TaskStatus` in pieces, its `RunEvent`s; so live and archived runs
 cannot drift apart in meaning, and old records stay readable as long as the public API does.
@@ -32,6 +33,11 @@ def attempt_key(task: int, n: int) -> str:
     return f"{task}.{n}"
 
 
+def event_number(run: run_pb2.Run) -> int:
+    """The number of a run's last event, from its etag; 0 for a run without one."""
+    return int(run.etag.rpartition(".")[2] or 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Consecutive tasks of a run, in order of index; `response.tasks` are they."""
@@ -55,6 +61,11 @@ class Archive:
     run: run_pb2.Run
     pieces: tuple[Piece, ...]
     events: tuple[run_pb2.RunEvent, ...]
+
+    @property
+    def number(self) -> int:
+        """Of its last event."""
+        return event_number(self.run)
 
     @property
     def name(self) -> names.RunName:
@@ -81,7 +92,7 @@ class History(Protocol):
     """Where finished runs are kept. Every method raises HistoryDown."""
 
     async def insert(self, archives: Sequence[Archive]) -> None:
-        """Keep these runs, durably, unless (incarnation, uid) is kept already."""
+        """Keep these runs, durably, unless (incarnation, uid) is kept already with as many events."""
         ...
 
     async def run(self, namespace: str, run_id: str) -> run_pb2.Run | None:
@@ -136,7 +147,9 @@ class MemoryHistory:
         """See `History`."""
         self._check()
         for archive in archives:
-            self._kept.setdefault((archive.incarnation, archive.run.uid), archive)
+            key = (archive.incarnation, archive.run.uid)
+            if key not in self._kept or self._kept[key].number < archive.number:
+                self._kept[key] = archive
 
     async def run(self, namespace: str, run_id: str) -> run_pb2.Run | None:
         """See `History`."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from baton.v1 import run_pb2
-from control_plane.history import Archive, HistoryDown, Piece, Wanted, attempt_key
+from control_plane.history import Archive, HistoryDown, Piece, Wanted, attempt_key, event_number
 
 FORMAT = 1
 """`user_version` of the file. A higher one was written by a later version: refused, not guessed (PROTOCOL J11)."""
@@ -226,9 +226,17 @@ def _insert(connection: sqlite3.Connection, archives: Sequence[Archive]) -> None
         for archive in archives:
             run, name = archive.run, archive.name
             key = (archive.incarnation, run.uid)
-            if connection.execute("SELECT 1 FROM runs WHERE incarnation = ? AND uid = ?", key).fetchone():
+            kept = connection.execute(
+                "SELECT run, shadowed FROM runs WHERE incarnation = ? AND uid = ?", key
+            ).fetchone()
+            if kept is None:
+                shadowed = connection.execute("SELECT 1 FROM runs WHERE uid = ?", (run.uid,)).fetchone() is not None
+            elif event_number(run_pb2.Run.FromString(kept[0])) >= archive.number:
                 continue
-            shadowed = connection.execute("SELECT 1 FROM runs WHERE uid = ?", (run.uid,)).fetchone() is not None
+            else:
+                shadowed = bool(kept[1])
+                connection.execute("DELETE FROM runs WHERE incarnation = ? AND uid = ?", key)
+                connection.execute("DELETE FROM pieces WHERE incarnation = ? AND uid = ?", key)
             finished = run.finish_time.seconds + run.finish_time.nanos / 1e9
             events = zlib.compress(run_pb2.WatchRunResponse(events=archive.events).SerializeToString(), LEVEL)
             row = (*key, name.namespace, name.run, run.state, finished, shadowed, run.SerializeToString(), events)

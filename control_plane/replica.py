@@ -35,6 +35,7 @@ from control_plane.core.shard import RunShard
 from control_plane.dispatcher import Dispatcher
 from control_plane.fleet_keys import side_puts
 from control_plane.fleet_watch import FleetWatch
+from control_plane.forgotten import Forgotten
 from control_plane.guard_wait import GuardWait
 from control_plane.history import Archive, History
 from control_plane.meter import Meter
@@ -55,6 +56,7 @@ from control_plane.snapshots import Snapshots, SnapshotsConfig, Snapshotter
 from control_plane.store.base import Store, StoreError
 from control_plane.store.keeper import LeaseKeeper
 from control_plane.store_room import StoreRoom
+from control_plane.survivors import Survivors
 from control_plane.upgrading import Upgrading
 from control_plane.view import MemberInfo, View
 
@@ -240,13 +242,31 @@ class Replica:
         confirmation = Confirmation(controller.restore, view, clock)
         self.traffic = Traffic()
         gateway = Gateway(parts.objects, clock, self.traffic) if parts.objects else None
-        self.services = Services(desk, confirm_restored=confirmation.confirm, snapshot=parts.backup, gateway=gateway)
+        survivors = Survivors(clock)
+        forgotten = Forgotten(router, view, parts.history, survivors, self._knows_run)
+        forgotten.serve_peers(calls)
+        self.dispatcher.on_orphans = forgotten.held
+        self.services = Services(
+            desk,
+            confirm_restored=confirmation.confirm,
+            snapshot=parts.backup,
+            gateway=gateway,
+            forgotten=forgotten.lines,
+        )
         self.services.serve_peers(calls)
         self._sweeper = self._make_sweeper()
         leads, level = lambda: FLEET in controller.owned(), lambda: controller.feature_level
         self._upgrading = Upgrading(store, clock, view, leads=leads, level=level)
         self._aftermath = Aftermath(parts.history, controller, clock)
-        self._archiver = Archiver(parts.history, controller, clock, _translator(desk), self._note_archived)
+        self._archiver = Archiver(
+            parts.history,
+            controller,
+            clock,
+            _translator(desk),
+            self._note_archived,
+            survivors=survivors,
+            suspected=lambda: (view.incarnation, bool(view.restore_suspected)),
+        )
         snapshotter = parts.snapshotter
         self._snapshots = Snapshots(store, clock, controller, snapshotter, parts.snapshots) if snapshotter else None
         router.on_from_cluster(self._from_cluster)
@@ -256,6 +276,7 @@ class Replica:
             self._fleet_watch,
             self._guard_wait,
             self._aftermath,
+            survivors,
             self.services.bells,
         ):
             controller.listen(listener)
@@ -313,6 +334,11 @@ class Replica:
             self.parts.meter.archived(archive)
         if self.parts.archived is not None:
             self.parts.archived(archive)
+
+    def _knows_run(self, uid: str) -> bool:
+        """Whether a shard that is owned here has a run of that uid."""
+        machines = (shard.machine for shard in self.controller.owned().values())
+        return any(isinstance(machine, RunShard) and machine.run_by_uid(uid) is not None for machine in machines)
 
     async def _check_marks(self, marks: list[agent_pb2.ShardMark], federation_uid: str) -> bool:
         """An agent's marks (J12). A store that does not answer proves nothing: the agent comes again."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Protocol
 
 from baton.clock import Clock
@@ -29,6 +30,16 @@ from control_plane.store_reads import read_incarnation, read_keys, settle_txn
 CHECK_TIMEOUT = 5.0
 """Seconds for one read of a check: an etcd failover takes about 1 s. Too small: checks fail for nothing; too large: an
 agent's Hello waits."""
+
+
+def in_words(suspicion: str) -> str:
+    """What `restored_suspected` holds, for people; a value of an unknown form as it is."""
+    try:
+        told = json.loads(suspicion)
+        moment = datetime.fromtimestamp(float(told["wall"]), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return f"{told['replica']} found at {moment} that the store knows less than was acknowledged ({told['detail']})"
+    except (ValueError, KeyError, TypeError, OverflowError, OSError):
+        return suspicion
 
 
 class MarkLike(Protocol):
@@ -141,10 +152,10 @@ class RestoreDetector:
         """What is wrong with `mark`, empty if nothing. `head` was read after the mark was known."""
         where = f"shard {mark.shard}, incarnation {mark.incarnation}, seq {mark.seq}"
         if head.seq < mark.seq:
-            return f"{where}: cited with nonce {mark.nonce}, but the head is at {head.seq}"
+            return f"{where} was acknowledged, and the head is at {head.seq}"
         nonce = head.nonce if head.seq == mark.seq else await self._nonce_at(mark.shard, mark.seq)
         if nonce and nonce != mark.nonce:
-            return f"{where}: cited with nonce {mark.nonce}, but the log has {nonce}"
+            return f"{where} was acknowledged as batch {mark.nonce}, and the log has {nonce} there"
         return ""
 
     async def _nonce_at(self, shard: str, seq: int) -> str:

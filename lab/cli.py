@@ -120,7 +120,9 @@ def up(
 def _say_live(layout: Layout, settings: Settings, *, changed: bool) -> None:
     """A federation is there already: that is what was asked for, unless it is another one."""
     status = _ask(layout, "status")
-    if (how := headline(status, session.invoked(), hints.suffix(layout))) != status["stage"]:
+    if (how := headline(status, session.invoked(), hints.suffix(layout), hints.context_flag(layout))) != status[
+        "stage"
+    ]:
         click.echo(how)
     click.echo(f"already {status['stage']} in {layout.directory}")
     hints.say(status)
@@ -199,8 +201,14 @@ def _starting(settings: Settings) -> str:
 def _say_ready(status: dict[str, Any]) -> None:
     if status["warning"]:
         click.echo(status["warning"], err=True)
-    click.echo(f"ready: etcd {status['etcd_version']}")
-    hints.say(status)
+    if not status["restored"]:
+        click.echo(f"ready: etcd {status['etcd_version']}")
+        hints.say(status)
+        return
+    click.echo(
+        f"up, but etcd looks restored from a backup, and nothing is written: {session.clean(status['restored'])}"
+    )
+    hints.say_restored(status)
 
 
 @local.command()
@@ -253,7 +261,7 @@ def status(form: str, directory: Path | None) -> None:
     if form != "table":
         render.echo_data(found, form)
         return
-    click.echo(headline(found, session.invoked(), hints.suffix(layout)))
+    click.echo(headline(found, session.invoked(), hints.suffix(layout), hints.context_flag(layout)))
     click.echo(f"profile {found['profile']}  etcd {found['etcd_version']}  logs {found['logs']}\n")
     rows = [["etcd", "etcd", found["store"]["state"], "-", str(found["store"]["pid"] or "-"), "-"]]
     for kind, group in (("replica", found["replicas"]), ("cluster", found["clusters"])):

@@ -17,10 +17,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from baton.etcd_tools import ENVIRONMENT, built_folders
 from control_plane.store.versions import Support, check_version, parse_version
-
-ENVIRONMENT = "BATON_ETCD"
-"""Path of an etcd binary to use instead of any other; its etcdctl and etcdutl are looked for beside it."""
 
 VERSION_TIMEOUT = 20.0
 """Seconds for `etcd --version`: it is instant, but a loaded machine may have to read 25 MB first."""
@@ -53,12 +51,6 @@ class EtcdBinary:
         return path if os.access(path, os.X_OK) else None
 
 
-def cache_dir() -> Path:
-    """Where `scripts/tools` puts what it builds."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "baton" / "tools"
-
-
 def find_etcd() -> EtcdBinary:
     """The etcd to run. Raises EtcdNotFound."""
     named = os.environ.get(ENVIRONMENT)
@@ -78,7 +70,7 @@ def find_etcd() -> EtcdBinary:
 
 
 def _cached() -> Iterator[Path]:
-    yield from sorted(cache_dir().glob("etcd-*/etcd"))
+    yield from (folder / "etcd" for folder in built_folders(os.environ))
 
 
 def _on_path() -> Iterator[Path]:

@@ -11,6 +11,7 @@ Call it from the main thread's asyncio loop only.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -48,6 +49,8 @@ class Federation:
         self.settings = settings.checked()
         self.binary = find_etcd()
         self.stage = "starting"
+        self.suspicion = ""
+        """Why etcd looks restored, in words; nothing is written while it does (PROTOCOL J12). As last heard."""
         entropy = SystemEntropy()
         unsafe = self.binary.support is Support.UNSAFE
         self.links = Links(settings.replica_names, settings.clusters)
@@ -174,6 +177,7 @@ class Federation:
             "settings": settings_record(self.settings),
             "etcd_version": self.binary.version,
             "warning": self.warning,
+            "restored": self.suspicion,
             "store": {**part_status(self._store, self.links, ETCD)},
             "replicas": [
                 {
@@ -201,8 +205,15 @@ class Federation:
             }
         )
 
+    async def look(self, client: AsyncClient) -> None:
+        """Hear whether etcd looks restored. What nobody answers stays as it was."""
+        with contextlib.suppress(BatonError):
+            answer = await client.list_shards()
+            self.suspicion = answer.restore_detail if answer.restore_suspected else ""
+
     async def _wait_ready(self) -> None:
-        """Until every cluster is READY in the eyes of the federation. Raises PartFailed."""
+        """Until every cluster is READY in the eyes of the federation, or none can be before a person has said that etcd was
+        restored on purpose (J12): that needs a federation that is up. Raises PartFailed."""
         clock = SystemClock()
         deadline = clock.boot() + READY_SECONDS
         missing, why = set(self._clusters), "no replica answered"
@@ -217,7 +228,8 @@ class Federation:
                     missing, why = set(self._clusters) - ready, "they did not become ready"
                 except BatonError as error:
                     why = error.message
-                if not missing:
+                await self.look(client)
+                if not missing or self.suspicion:
                     return
                 await clock.sleep(LOOK_SECONDS)
         raise PartFailed(f"after {READY_SECONDS:.0f} s {', '.join(sorted(missing))} cannot be used: {why}")

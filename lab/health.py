@@ -13,10 +13,11 @@ _CURES = {"dead": "start", "agent dead": "start", "frozen": "thaw"}
 """A part's word -> the verb that mends it."""
 
 
-def headline(status: Mapping[str, Any], command: str = "baton", suffix: str = "") -> str:
+def headline(status: Mapping[str, Any], command: str = "baton", suffix: str = "", context: str = "") -> str:
     """The stage; or, of a running federation with parts that are not, `degraded: etcd is dead; baton local start etcd`.
 
-    `command` is what `baton` is called here, `suffix` the flags that name the directory, if it needs any.
+    `command` is what `baton` is called here, `suffix` the flags that name the directory, `context` those that name the federation,
+    if it needs any.
     """
     if status["stage"] != "running":
         return str(status["stage"])
@@ -31,6 +32,9 @@ def headline(status: Mapping[str, Any], command: str = "baton", suffix: str = ""
         if part["network"] == "cut" and part["state"] != "dead":
             wrong.append(f"{name} is cut off")
             cures.append(f"{command} local heal {name}{suffix}")
+    if status.get("restored"):
+        wrong.append("etcd looks restored, and nothing is written")
+        cures.append(f"{command} admin restored --backup FILE{context}")
     return f"degraded: {', '.join(wrong)}; {'; '.join(cures)}" if wrong else "running"
 
 

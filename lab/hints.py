@@ -38,6 +38,19 @@ def say(status: dict[str, Any]) -> None:
     click.echo(f"  {baton} local kill {status['settings']['clusters'][0]}{suffix(layout)}")
 
 
+def say_restored(status: dict[str, Any]) -> None:
+    """Prints what to do about an etcd that looks restored."""
+    layout, baton = Layout(Path(status["directory"])), session.invoked()
+    context = context_flag(layout)
+    click.echo(f"  address  {','.join(status['endpoints'])}  (context {context_name(layout)})")
+    click.echo(f"  logs     {status['logs']}")
+    click.echo("next, with the file that was restored")
+    click.echo(f"  {baton} admin restored --backup FILE{context}")
+    click.echo(
+        "  which shows what is suspected, asks, and lets work go on; if nobody restored it on purpose, answer no and find out first"
+    )
+
+
 def suffix(layout: Layout) -> str:
     """The flags that name the directory, if it needs any."""
     elsewhere = layout.directory != default_directory(os.environ).absolute()

@@ -118,6 +118,7 @@ class Links:
         at = loop.time() + self.rng.uniform(0.0, self.max_delay)
         if self.disorder and self.rng.random() < self.disorder:
             at += self.rng.uniform(0.0, OVERTAKEN)
+            self._hits["message late"] += 1
         if self.disorder and at < self._alone.get(link, 0.0):
             self._hits["message overtook another"] += 1
         self._alone[link] = max(at, self._alone.get(link, 0.0))

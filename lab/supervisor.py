@@ -94,13 +94,15 @@ async def _logging(federation: Federation) -> AsyncIterator[None]:
 
     async def look() -> None:
         last, clock = headline(federation.status()), SystemClock()
-        while True:
-            await clock.sleep(LOOK_SECONDS)
-            now = headline(federation.status())
-            if now != last:
-                sys.stderr.write(f"{now}\n")
-                sys.stderr.flush()
-                last = now
+        async with federation.client() as client:
+            while True:
+                await clock.sleep(LOOK_SECONDS)
+                await federation.look(client)
+                now = headline(federation.status())
+                if now != last:
+                    sys.stderr.write(f"{now}\n")
+                    sys.stderr.flush()
+                    last = now
 
     looking = asyncio.create_task(look())
     try:

@@ -11,6 +11,7 @@ import click
 from google.protobuf.duration_pb2 import Duration
 
 from baton import quantity
+from baton.backup import Backup
 from baton.cli import render, session
 from baton.cli import restore as restoring
 from baton.cli.render import Column, Kind
@@ -64,31 +65,33 @@ def admin() -> None:
     "--backup",
     "file",
     type=click.Path(dir_okay=False, exists=True),
-    help="The file that was restored: also tell which runs differ, by its time of change.",
+    help="The file that was restored: also tell which runs differ from what it knows.",
 )
 @session.json_output
 @session.connected
 def restored(*, yes: bool, now: bool, file: str | None, as_json: bool, to: Context) -> None:
     """Say that etcd was restored from a snapshot on purpose (PROTOCOL J12); work goes on after it.
 
-    Waits until every agent has ended what was placed after the snapshot, so that nothing runs beside its repetition. With
-    --now it may.
+    Shows first what is suspected, and asks. Then waits until every agent has ended what was placed after the snapshot, so
+    that nothing runs beside its repetition. With --now it may.
 
     \b
     Example:
+      baton admin restored --backup federation.db
       baton admin restored --yes
-      baton admin restored --yes --backup federation.db
     """
-    if not yes:
+    backup = restoring.whole_backup(file) if file is not None else None
+    before = session.ask(to, AsyncClient.list_shards)
+    _say_suspicion(before, file, backup)
+    if before.restore_suspected and not yes:
         click.confirm("What was acknowledged after the snapshot may be lost. Was etcd restored on purpose?", abort=True)
 
-    made = Path(file).stat().st_mtime if file is not None else 0.0
-
     async def confirm(client: AsyncClient) -> tuple[int, restoring.Differences | None]:
-        incarnation = await until_taken(client)
-        if file is None:
+        # Without a suspicion that was shown nobody has said yes to one; only --yes speaks of one that comes meanwhile.
+        incarnation = await until_taken(client) if before.restore_suspected or yes else before.incarnation
+        if backup is None:
             return incarnation, None
-        return incarnation, await restoring.differences(client, made, incarnation)
+        return incarnation, await restoring.differences(client, backup.wall, incarnation)
 
     async def until_taken(client: AsyncClient) -> int:
         end = client.clock.boot() + PATIENCE
@@ -103,11 +106,22 @@ def restored(*, yes: bool, now: bool, file: str | None, as_json: bool, to: Conte
     incarnation, found = session.ask(to, confirm)
     if as_json:
         told = {"differences": found.plain()} if found is not None else {}
-        render.echo_data({"incarnation": incarnation, **told}, "json")
+        render.echo_data({"incarnation": incarnation, "changed": incarnation != before.incarnation, **told}, "json")
         return
-    click.echo(f"incarnation {incarnation}")
+    if incarnation == before.incarnation:
+        click.echo(f"nothing is suspected, and nothing was changed: incarnation {incarnation}")
+    else:
+        click.echo(f"incarnation {incarnation}")
     if found is not None:
         restoring.tell(found)
+
+
+def _say_suspicion(answer: admin_pb2.ListShardsResponse, file: str | None, backup: Backup | None) -> None:
+    """What the question is about, on standard error."""
+    if answer.restore_suspected:
+        click.echo(f"etcd looks restored: {session.clean(answer.restore_detail)}", err=True)
+    if backup is not None:
+        click.echo(f"{file}: {restoring.describe(backup)}", err=True)
 
 
 async def _count_down(clock: Clock, seconds: float) -> None:
@@ -164,15 +178,17 @@ def backup(file: str, as_json: bool, to: Context) -> None:
 
     try:
         size = session.ask(to, save)
+        found = restoring.whole_backup(str(draft))
         draft.replace(target)
     except OSError as error:
         raise click.UsageError(f"{file} cannot be written: {error.strerror}") from None
     finally:
         draft.unlink(missing_ok=True)
     if as_json:
-        render.echo_data({"file": file, "bytes": size}, "json")
+        told = {"bytes": size, "revision": found.revision, "newestChange": restoring.moment(found.wall)}
+        render.echo_data({"file": file, **told}, "json")
     else:
-        click.echo(f"{file}: {size} bytes")
+        click.echo(f"{file}: {restoring.describe(found)}")
 
 
 admin.add_command(restoring.restore)

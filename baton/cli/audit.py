@@ -26,7 +26,7 @@ SHOWN = 50
 _HOW = {
     judge.REPORT: "after the earlier attempt was reported over",
     judge.REJECTION: "after the earlier one was rejected, and never ran",
-    judge.TIMER: "after the earlier one's own guard had ended it: no overlap while the bounds of its lease held (F5)",
+    judge.TIMER: "after the time of the earlier one's guard had passed: no overlap while the bounds of its lease held (F5)",
     judge.NOBODY: "with no word of the earlier one's end",
 }
 
@@ -99,8 +99,11 @@ def _plain(found: Audit) -> dict[str, object]:
 
 
 def _tell(found: Audit) -> None:
+    by_clocks = (
+        ", as far as the bounds of F5 held" if found.verdict is Verdict.PROVEN and found.handovers[judge.TIMER] else ""
+    )
     so_far = "" if found.final else " so far (the run goes on)"
-    click.echo(f"{session.clean(found.run)}: {found.verdict.value}{so_far}")
+    click.echo(f"{session.clean(found.run)}: {found.verdict.value}{by_clocks}{so_far}")
     click.echo(
         f"  {found.tasks} tasks, {found.attempts} attempts, {found.accepted} results accepted, "
         f"{found.refused} stale results refused"

@@ -133,9 +133,14 @@ def shards(answer: admin_pb2.ListShardsResponse) -> Iterator[Check]:
         yield Check(
             "restore",
             FAIL,
-            f"etcd may have been restored, nothing is written: {answer.restore_detail}",
-            "if it was on purpose: `baton admin restored`",
+            f"etcd looks restored, nothing is written: {answer.restore_detail}",
+            "if it was on purpose: `baton admin restored --backup FILE`, with the file that was restored",
         )
+    elif answer.restore_detail:
+        lost = answer.restore_detail.splitlines()
+        some = "; ".join(lost[:5]) + ("; ..." if len(lost) > 5 else "")
+        told = f"{len(lost)} runs are forgotten since etcd was restored: {some}"
+        yield Check("restore", WARN, told, "whoever wanted them has to ask again; `baton get shards` names all")
     lone = [each.id for each in answer.shards if not each.replica]
     if lone:
         some = ", ".join(lone[:5]) + (", ..." if len(lone) > 5 else "")

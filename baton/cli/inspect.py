@@ -9,6 +9,7 @@ import click
 
 from baton import names
 from baton.cli import completion, render, session
+from baton.cli import restore as restoring
 from baton.cli.render import Column, Kind
 from baton.client import AsyncClient
 from baton.clock import SystemClock
@@ -182,8 +183,12 @@ def get(what: str | None, name: str | None, form: str, to: Context) -> None:
         answer = session.ask(to, AsyncClient.list_shards)
         render.show(_SHARDS, list(answer.shards), form)
         if answer.restore_suspected:
-            click.echo(f"a restore is suspected: {session.clean(answer.restore_detail)}", err=True)
-            click.echo("nothing is written until `baton admin restored`", err=True)
+            click.echo(f"etcd looks restored: {session.clean(answer.restore_detail)}", err=True)
+            click.echo(
+                "nothing is written until `baton admin restored`; `--backup FILE` shows what the backup knows", err=True
+            )
+        for line in restoring.forgotten_lines(answer):
+            click.echo(f"forgotten by the restore: {session.clean(line)}", err=True)
 
 
 def _get_tasks(what: str, name: str | None, form: str, to: Context) -> None:

@@ -172,10 +172,20 @@ def _with_right_one(error: click.NoSuchOption) -> click.NoSuchOption:
 
 
 def _broken(name: str, message: str) -> click.Command:
-    def fail() -> None:
+    """A stand-in for a command that does not load: whatever it is given, `--help` too, the answer is why."""
+
+    def fail(words: tuple[str, ...]) -> None:
+        del words
         raise click.UsageError(message)
 
-    return click.Command(name, callback=fail, short_help="(cannot be loaded)")
+    return click.Command(
+        name,
+        callback=fail,
+        params=[click.Argument(["words"], nargs=-1, type=click.UNPROCESSED)],
+        context_settings={"ignore_unknown_options": True},
+        add_help_option=False,
+        short_help="(cannot be loaded)",
+    )
 
 
 @click.group(

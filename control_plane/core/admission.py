@@ -211,12 +211,16 @@ def put_namespace(state: ShardState, command: PutNamespace, batch: Batch) -> Non
 
 
 def archived(state: ShardState, command: Archived, batch: Batch) -> None:
-    """History holds the run durably (J10). Unknown runs are archived already. Refused: WRONG_STATE if it is not final."""
+    """History holds the run durably (J10). Unknown runs are archived already; one that has had an event since (a late result, a stop
+    that was confirmed) stays live until history has that too, or what was read of it would go back (J8). Refused: WRONG_STATE if it is
+    not final."""
     run = state.runs.get(command.run)
     if run is None:
         return
     if not run.state.final:
         raise Refused("WRONG_STATE", f"run {command.run} is not final")
+    if run.event_number != command.number:
+        return
     batch.emit(RunArchived(command.run))
 
 

@@ -227,9 +227,10 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Archived:
-    """History holds the run durably (PROTOCOL J10). Reply: None."""
+    """History holds the run durably, as it was at its event of that number (PROTOCOL J10). Reply: None."""
 
     run: str
+    number: int
 
 
 @dataclass(frozen=True, slots=True)

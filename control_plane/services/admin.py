@@ -21,6 +21,7 @@ from control_plane.core.model import ALL_SHARDS, RUN_SHARDS, shard_of
 from control_plane.core.ring import owners
 from control_plane.core.shard import RunShard
 from control_plane.peers import CallContext, Calls
+from control_plane.restore import in_words
 from control_plane.services import translate
 from control_plane.services.desk import Desk
 from control_plane.services.failures import committed, invalid
@@ -40,6 +41,9 @@ MAX_RETENTION = 10 * 365 * 24 * 3600.0
 Confirm = Callable[[bool], Awaitable[int]]
 """Takes an operator's word that the store was restored, at once if True. Raises WrongState, StoreError."""
 
+Forgotten = Callable[[], Awaitable[list[str]]]
+"""Runs that a restore has made nobody's, as far as anybody remembers: a line each."""
+
 Snapshot = Callable[[], AsyncIterator[bytes]]
 """A consistent backup of the store, in pieces. Raises StoreError."""
 
@@ -56,8 +60,9 @@ class Unimplemented(BatonError):
 class Admin:
     """AdminService."""
 
-    def __init__(self, desk: Desk, confirm_restored: Confirm, snapshot: Snapshot | None) -> None:
+    def __init__(self, desk: Desk, confirm_restored: Confirm, snapshot: Snapshot | None, forgotten: Forgotten) -> None:
         self._desk, self._confirm_restored, self._snapshot = desk, confirm_restored, snapshot
+        self._forgotten = forgotten
 
     def serve_peers(self, calls: Calls) -> None:
         """Answer for owned shards."""
@@ -86,7 +91,7 @@ class Admin:
     async def list_shards(
         self, _request: admin_pb2.ListShardsRequest, _asked: Asked
     ) -> AsyncIterator[admin_pb2.ListShardsResponse]:
-        """AdminService.ListShards."""
+        """AdminService.ListShards. Once nothing is suspected any more, the detail names what the restore has made nobody's."""
         view = self._desk.view
         preferred = owners(ALL_SHARDS, dict.fromkeys(view.members, 1.0))
         yield admin_pb2.ListShardsResponse(
@@ -100,7 +105,9 @@ class Admin:
             ],
             incarnation=view.incarnation,
             restore_suspected=bool(view.restore_suspected),
-            restore_detail=view.restore_suspected,
+            restore_detail=in_words(view.restore_suspected)
+            if view.restore_suspected
+            else "\n".join(await self._forgotten()),
         )
 
     # -- namespaces --------------------------------------------------------------------------------------------------------

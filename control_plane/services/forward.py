@@ -15,9 +15,10 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from baton.clock import Clock, Entropy
-from baton.errors import UNKNOWN, BatonError, RestoreSuspected
+from baton.errors import UNKNOWN, BatonError, NotFound, RestoreSuspected
 from control_plane.peers import CallFailed, CallLost
 from control_plane.refusals import NotOwned, OutcomeUnknown, StoreDown
+from control_plane.restore import in_words
 from control_plane.router import Router
 from control_plane.services.failures import explain
 from control_plane.services.methods import Asked
@@ -36,6 +37,16 @@ LOOK_SECONDS = 0.5
 
 _PARKED = frozenset({"NOT_OWNED", "STORE_UNAVAILABLE", "DRAINING"})
 """Reasons that say nothing about the request: another try may succeed. Not if the answer says itself when to come again."""
+
+_STOPPED = (
+    "etcd looks restored from a backup, so nothing is written, and little can be read, until `baton admin restored`: {}"
+)
+
+_NOBODY_KNOWS = (
+    "whether it exists cannot be known until `baton admin restored`: {}, but etcd looks restored from a backup,"
+    " which may not know it: {}"
+)
+"""What the store does not have may have been acknowledged after its backup (J12)."""
 
 OnAnswer = Callable[[bytes], bytes]
 """Told of every answer passed on; the payload that goes on from there."""
@@ -73,11 +84,13 @@ class Forwarder:
                 return
             except (BatonError, NotOwned, CallLost, CallFailed, OutcomeUnknown, StoreDown, TimeoutError) as error:
                 told = explain(error, self._reference)
+            if told.reason == NotFound.REASON and (suspicion := self._restore_suspected()):
+                raise _final(RestoreSuspected(_NOBODY_KNOWS.format(told.message, in_words(suspicion))), unclear)
             if told.reason not in _PARKED or told.retry_after is not None:
                 raise _final(told, unclear)
             unclear = unclear or told.applied == UNKNOWN
             if suspicion := self._restore_suspected():
-                raise _final(RestoreSuspected(f"nothing is written until `baton admin restored`: {suspicion}"), unclear)
+                raise _final(RestoreSuspected(_STOPPED.format(in_words(suspicion))), unclear)
             if asked.ends - self._clock.boot() <= PAUSE or (answered and on_answer is None):
                 raise _final(told, unclear)
             await self._clock.sleep(PAUSE * (0.5 + self._entropy.uniform()))

@@ -12,7 +12,7 @@ from baton.v1 import admin_pb2, artifact_pb2, cluster_pb2, graph_pb2, run_pb2, t
 from control_plane.artifacts.gateway import Gateway
 from control_plane.peers import Calls
 from control_plane.services import admin, artifacts, clusters, graphs, logs, runs, trace, watch
-from control_plane.services.admin import Admin, Confirm, Snapshot
+from control_plane.services.admin import Admin, Confirm, Forgotten, Snapshot
 from control_plane.services.artifact_list import ArtifactLists, check_list_artifacts
 from control_plane.services.artifacts import Artifacts
 from control_plane.services.clusters import Clusters
@@ -31,7 +31,13 @@ class Services:
     `traces` serves the web port too, `artifacts` the sweeper."""
 
     def __init__(
-        self, desk: Desk, *, confirm_restored: Confirm, snapshot: Snapshot | None, gateway: Gateway | None = None
+        self,
+        desk: Desk,
+        *,
+        confirm_restored: Confirm,
+        snapshot: Snapshot | None,
+        forgotten: Forgotten,
+        gateway: Gateway | None = None,
     ) -> None:
         self.bells = Bells()
         self.logs = Logs(desk)
@@ -39,7 +45,7 @@ class Services:
         self._runs = Runs(desk)
         self.artifacts = Artifacts(desk, gateway)
         self._creation = Creation(desk, self.artifacts.missing_codes)
-        self._admin = Admin(desk, confirm_restored, snapshot)
+        self._admin = Admin(desk, confirm_restored, snapshot, forgotten)
         self.methods: Sequence[Method] = (
             *self._run_methods(Watches(desk, self.bells)),
             *_graph_methods(Graphs(desk)),

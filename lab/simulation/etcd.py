@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from control_plane.store.base import Delete, Get, Put, TxnResult, WatchEvent
+from control_plane.store.base import Delete, Get, NoSpace, Put, TxnResult, WatchEvent
 from control_plane.store.memory import CallFault, KeepaliveFault, MemoryEtcd, Outcome, WatchFault
 from control_plane.store.memory_keyspace import Keyspace
 from control_plane.store.memory_server import Answer
+from lab.simulation.kinds import AFTER_REVOKE, CUT_OFF, NO_SPACE, STALE_LEADER
 from lab.simulation.nodes import NODE, Node
 from lab.virtual_time import VirtualClock
 
@@ -63,6 +64,12 @@ class SimEtcd(MemoryEtcd):
         self._node = node
         self.recorded = RecordedKeyspace()
         self.keyspace = self.recorded
+        self.hits: Counter[str] = Counter()
+
+    @property
+    def quorum(self) -> bool:
+        """Somebody answers."""
+        return self._quorum
 
     def deliver(self, delay: float, work: Callable[[], T]) -> asyncio.Future[Answer[T] | None]:
         """See `MemoryEtcd.deliver`; what it writes is signed with the sender's name."""
@@ -72,10 +79,18 @@ class SimEtcd(MemoryEtcd):
             self.recorded.writer = sender.name if sender is not None else ""
             try:
                 return work()
+            except NoSpace:
+                self.hits[NO_SPACE] += 1
+                raise
             finally:
                 self.recorded.writer = ""
 
         return super().deliver(delay, signed)
+
+    def known_ttl(self, lease_id: int) -> float:
+        """See `MemoryEtcd.known_ttl`: it is asked for lies alone."""
+        self.hits[STALE_LEADER if lease_id in self._leases else AFTER_REVOKE] += 1
+        return super().known_ttl(lease_id)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         self._node.run(partial(super()._start, work))
@@ -101,6 +116,7 @@ class Weather:
     watch_twice: float = 0.0
     watch_compacted: float = 0.0
     stale_keepalive: float = 0.0
+    revoked_keepalive: float = 0.0
     cut: bool = False
     """The client cannot reach the store at all."""
 
@@ -127,7 +143,7 @@ class SeededStoreFaults:
         if weather is CALM:
             return CallFault(latency=there, reply_latency=back)
         if weather.cut:
-            self.hits["store call cut off"] += 1
+            self.hits[CUT_OFF] += 1
             return CallFault(Outcome.LOST_REQUEST, latency=there + 60.0)
         for outcome, chance in (
             (Outcome.REFUSED, weather.refused),
@@ -148,8 +164,9 @@ class SeededStoreFaults:
         """See `StoreFaults.keepalive`."""
         del lease_id
         if self.weather is not CALM and self.rng.random() < self.weather.stale_keepalive:
-            self.hits["keepalive acknowledged by a stale leader"] += 1
             return KeepaliveFault.STALE_LEADER
+        if self.weather.revoked_keepalive and self.rng.random() < self.weather.revoked_keepalive:
+            return KeepaliveFault.ACKED_AFTER_REVOKE
         return KeepaliveFault.HONEST
 
     def watch(self, prefix: str, revision: int) -> WatchFault:

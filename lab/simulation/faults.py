@@ -2,6 +2,9 @@
 
 Theory. Bugs live where faults meet. So each seed draws a handful of fault classes (a swarm: not always all of them) and lets them
 strike at random times; what it breaks it mends after a while, and `heal` mends everything at once.
+
+A strike that finds nothing to break (a dead process, a link that is cut already) returns None: it is not counted and not told, for a
+count of what did nothing would say that a fault was tried which was not.
 """
 
 from __future__ import annotations
@@ -12,25 +15,39 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lab.checking.history import Owned, Restored
+from lab.simulation import faults_flaps as flaps
 from lab.simulation import faults_machines as machines
 from lab.simulation import faults_rare as rare
 from lab.simulation import faults_store as at_store
 from lab.simulation.chance import chance
 from lab.simulation.etcd import CALM, Weather
-from lab.simulation.nodes import Life
+from lab.simulation.kinds import (
+    AGENT_BEHIND,
+    LINK_FLAP,
+    LYING,
+    OUT_OF_SPACE,
+    REPLICA_BEHIND,
+    RING_FLAP,
+    SECOND,
+    STEP_AT_DEADLINE,
+    STORM,
+    SUSPENDED,
+)
 from lab.simulation.sieges import BEGIN, SIEGES, besiege, blind
 
 if TYPE_CHECKING:
-    from lab.simulation.processes import ReplicaProcess
+    from lab.simulation.processes import ClusterProcess, ReplicaProcess
     from lab.simulation.world import World
 
 PACE = 6.0
 """Mean seconds between two faults of a seed."""
 
+AGAIN = 0.5
+"""Seconds after a strike that did nothing until another is drawn. More: seeds of few faults; none: a world with nothing left to
+strike would never go on."""
+
 OUTAGES = (2.0, 8.0, 24.0, 32.0, 40.0)
 """Seconds for which a cluster is out of sight: from a hiccup to twice L + G of the leases (20 s)."""
-
-SECOND = "second agent of one name"
 
 GUARD_PAUSE = 1.9
 """Longest freeze of a guard together with its agent: below P of the leases (2 s); a longer one is the stated limit of `timed`."""
@@ -54,7 +71,7 @@ class Nemesis:
         self.started: list[asyncio.Task[None]] = []
         """What strikes have begun, held so that it is not collected."""
         self.operator: asyncio.Task[None] | None = None
-        self.strikes: dict[str, Callable[[], str]] = {
+        self.strikes: dict[str, Callable[[], str | None]] = {
             "replica killed": self._kill_replica,
             "replica frozen": self._freeze_replica,
             "replica left in order": self._leave_replica,
@@ -78,13 +95,18 @@ class Nemesis:
             "lease expired": partial(at_store.expire_lease, self),
             "watch trouble": partial(at_store.trouble_watches, self),
             "store compacted": partial(at_store.compact, self),
-            "a third of the clusters gone": self._storm_of_clusters,
+            STORM: self._storm_of_clusters,
             "glimpse of a cluster": partial(rare.glimpse, self),
             "store sluggish": partial(rare.slow_store, self),
             "store restored": partial(rare.restore_store, self),
-            machines.SUSPENDED: partial(machines.suspend, self),
-            machines.REPLICA_BEHIND: partial(machines.put_back_replica, self),
-            machines.AGENT_BEHIND: partial(machines.put_back_agent, self),
+            SUSPENDED: partial(machines.suspend, self),
+            REPLICA_BEHIND: partial(machines.put_back_replica, self),
+            AGENT_BEHIND: partial(machines.put_back_agent, self),
+            STEP_AT_DEADLINE: partial(machines.step_at_deadline, self),
+            OUT_OF_SPACE: partial(at_store.fill_store, self),
+            LYING: partial(at_store.lie, self),
+            RING_FLAP: partial(flaps.flap_ring, self),
+            LINK_FLAP: partial(flaps.flap_link, self),
             "message reordered": partial(rare.reorder_messages, self),
             "message repeated": partial(rare.repeat_messages, self),
             "request repeated": partial(rare.repeat_request, self),
@@ -106,7 +128,11 @@ class Nemesis:
         await asyncio.sleep(self.rng.uniform(1.0, 6.0))
         while asyncio.get_running_loop().time() < end:
             kind = self.rng.choice(chosen)
-            self.note(kind, self.strikes[kind]())
+            told = self.strikes[kind]()
+            if told is None:
+                await asyncio.sleep(AGAIN)
+                continue
+            self.note(kind, told)
             await asyncio.sleep(self.rng.expovariate(1.0 / self.world.shape.pace))
 
     def note(self, kind: str, detail: str) -> None:
@@ -156,38 +182,45 @@ class Nemesis:
 
     # -- processes -------------------------------------------------------------------------------------------------------
 
-    def _kill_replica(self) -> str:
+    def _kill_replica(self) -> str | None:
         replica, gap = self.rng.choice(self.world.replicas), self.long()
+        if not replica.alive:
+            return None
         replica.kill()
         self.later(gap, replica.start)
         return f"{replica.name}, back in {gap:.1f} s"
 
-    def _freeze_replica(self) -> str:
+    def _freeze_replica(self) -> str | None:
         replica, gap = self.rng.choice(self.world.replicas), self.long()
         node = replica.node
-        if node is not None:
-            node.freeze()
-            self.later(gap, node.thaw)
+        if node is None or not node.runs:
+            return None
+        node.freeze()
+        self.later(gap, node.thaw)
         return f"{replica.name} for {gap:.1f} s"
 
-    def _kill_agent(self) -> str:
+    def _kill_agent(self) -> str | None:
         cluster, gap = self.rng.choice(self.world.clusters), self.outage()
+        if not cluster.alive:
+            return None
         blind(cluster)
         cluster.kill()
         self.later(gap, cluster.start)
         return f"{cluster.name}, back in {gap:.1f} s"
 
-    def _freeze_agent(self) -> str:
+    def _freeze_agent(self) -> str | None:
         cluster, gap = self.rng.choice(self.world.clusters), self.outage()
         node = cluster.node
-        if node is not None:
-            blind(cluster)
-            node.freeze()
-            self.later(gap, node.thaw)
+        if node is None or not node.runs:
+            return None
+        blind(cluster)
+        node.freeze()
+        self.later(gap, node.thaw)
         return f"{cluster.name} for {gap:.1f} s"
 
-    def _leave_replica(self) -> str:
-        return self.leave(self.rng.choice(self.world.replicas), 12.0 + self.long())
+    def _leave_replica(self) -> str | None:
+        replica, gap = self.rng.choice(self.world.replicas), 12.0 + self.long()
+        return self.leave(replica, gap) if replica.serves else None
 
     def leave(self, replica: ReplicaProcess, gap: float) -> str:
         """SIGTERM, and a new process after `gap` seconds."""
@@ -202,15 +235,17 @@ class Nemesis:
         self.later(gap, start)
         return f"{replica.name}, back in {gap:.1f} s"
 
-    def _leave_agent(self) -> str:
+    def _leave_agent(self) -> str | None:
         return self._stop_agent(drain=False)
 
-    def _drain_agent(self) -> str:
+    def _drain_agent(self) -> str | None:
         return self._stop_agent(drain=True)
 
-    def _stop_agent(self, *, drain: bool) -> str:
+    def _stop_agent(self, *, drain: bool) -> str | None:
         cluster, gap = self.rng.choice(self.world.clusters), self.outage()
         node = cluster.node
+        if not cluster.serves:
+            return None
         blind(cluster)
         cluster.leave(drain=drain)
 
@@ -222,9 +257,11 @@ class Nemesis:
         self.later(gap, start)
         return f"{cluster.name}, back in {gap:.1f} s"
 
-    def _fill_disk(self) -> str:
+    def _fill_disk(self) -> str | None:
         cluster, gap = self.rng.choice(self.world.clusters), self.long()
         disk = cluster.disk
+        if disk.capacity is not None:
+            return None
         disk.capacity = disk.used + self.rng.choice((0, 200))
 
         def empty() -> None:
@@ -243,39 +280,49 @@ class Nemesis:
         cluster.clock.step_wall(step)
         return f"{cluster.name} by {step:.1f} s"
 
-    def _kill_guard(self) -> str:
+    def _kill_guard(self) -> str | None:
         cluster = self.rng.choice(self.world.clusters)
+        if not cluster.host.guarded:
+            return None
         cluster.host.kill_guard()
         return cluster.name
 
-    def _freeze_guard(self) -> str:
+    def _freeze_guard(self) -> str | None:
         cluster, gap = self.rng.choice(self.world.clusters), self.outage()
-        if cluster.node is None or cluster.node.life is not Life.RUNS:
+        if cluster.node is None or not cluster.node.runs:
             gap = min(gap, GUARD_PAUSE)  # nobody is there to see it, see `blind`
+        if not cluster.host.guarded or cluster.host.frozen:
+            return None
         cluster.host.freeze_guard()
         self.later(gap, cluster.host.thaw_guard)
         return f"{cluster.name} for {gap:.1f} s"
 
-    def _freeze_host(self) -> str:
+    def _freeze_host(self) -> str | None:
         cluster, gap = self.rng.choice(self.world.clusters), self.rng.uniform(0.2, GUARD_PAUSE)
         node, host = cluster.node, cluster.host
+        if node is None or not node.runs or not host.guarded or host.frozen:
+            return None
         host.freeze_guard()
         self.later(gap, host.thaw_guard)
-        if node is not None:
-            node.freeze()
-            self.later(gap, node.thaw)
+        node.freeze()
+        self.later(gap, node.thaw)
         return f"{cluster.name} for {gap:.1f} s"
 
-    def _reboot(self) -> str:
+    def _reboot(self) -> str | None:
         cluster, gap = self.rng.choice(self.world.clusters), self.outage()
+        if cluster.off:
+            return None
         cluster.reboot()
         self.later(gap, cluster.start)
         return f"{cluster.name}, up in {gap:.1f} s"
 
     # -- network ---------------------------------------------------------------------------------------------------------
 
-    def cut(self, pairs: list[tuple[str, str]], gap: float) -> None:
+    def cut(self, pairs: list[tuple[str, str]], gap: float) -> bool:
+        """Cut links for `gap` seconds; False, and nothing is done, if all of them are cut."""
         links = self.world.ground.links
+        if not any(links.heard(source, target) for source, target in pairs):
+            return False
         for source, target in pairs:
             links.cut(source, target)
 
@@ -284,43 +331,53 @@ class Nemesis:
                 links.heal(source, target)
 
         self.later(gap, mend)
+        return True
 
-    def _part_cluster(self) -> str:
+    def around(self, cluster: ClusterProcess, names: list[str] | None = None) -> list[tuple[str, str]]:
+        """The links of a cluster with these replicas (all), both ways."""
+        names = names or [replica.name for replica in self.world.replicas]
+        return [pair for name in names for pair in ((cluster.name, name), (name, cluster.name))]
+
+    def _part_cluster(self) -> str | None:
         cluster, gap = self.rng.choice(self.world.clusters), self.outage()
-        some = self._some_replicas()
-        self.cut([pair for name in some for pair in ((cluster.name, name), (name, cluster.name))], gap)
-        return f"{cluster.name} from {', '.join(some)} for {gap:.1f} s"
+        some = self.some_replicas()
+        struck = self.cut(self.around(cluster, some), gap)
+        return f"{cluster.name} from {', '.join(some)} for {gap:.1f} s" if struck else None
 
-    def _cut_cluster(self) -> str:
+    def _cut_cluster(self) -> str | None:
         cluster, gap = self.rng.choice(self.world.clusters), self.outage()
-        some, up = self._some_replicas(), self.rng.random() < 0.5
-        self.cut([(cluster.name, name) if up else (name, cluster.name) for name in some], gap)
-        return f"{cluster.name} {'to' if up else 'from'} {', '.join(some)} for {gap:.1f} s"
+        some, up = self.some_replicas(), self.rng.random() < 0.5
+        struck = self.cut([(cluster.name, name) if up else (name, cluster.name) for name in some], gap)
+        return f"{cluster.name} {'to' if up else 'from'} {', '.join(some)} for {gap:.1f} s" if struck else None
 
-    def _storm_of_clusters(self) -> str:
+    def _storm_of_clusters(self) -> str | None:
+        """As many as make a storm: at least two, and more than a third (S7)."""
         clusters, gap = self.world.clusters, self.rng.uniform(5.0, 45.0)
-        some = self.rng.sample(clusters, min(len(clusters), max(2, len(clusters) // 2)))
-        names = [replica.name for replica in self.world.replicas]
-        self.cut([p for c in some for n in names for p in ((c.name, n), (n, c.name))], gap)
-        return f"{', '.join(cluster.name for cluster in some)} for {gap:.1f} s"
+        some = self.rng.sample(clusters, min(len(clusters), max(2, len(clusters) // 3 + 1)))
+        struck = self.cut([pair for cluster in some for pair in self.around(cluster)], gap)
+        return f"{', '.join(cluster.name for cluster in some)} for {gap:.1f} s" if struck else None
 
-    def _part_replicas(self) -> str:
+    def _part_replicas(self) -> str | None:
         if len(self.world.replicas) < 2:
-            return "nobody"
+            return None
         one, other = self.rng.sample(self.world.replicas, 2)
         gap = self.long()
         both = [(one.name, other.name), (other.name, one.name)]
-        self.cut(both[: self.rng.choice((1, 2))], gap)
-        return f"{one.name} and {other.name} for {gap:.1f} s"
+        struck = self.cut(both[: self.rng.choice((1, 2))], gap)
+        return f"{one.name} and {other.name} for {gap:.1f} s" if struck else None
 
-    def _some_replicas(self) -> list[str]:
+    def some_replicas(self) -> list[str]:
+        """Names: all of them, or some."""
         names = [replica.name for replica in self.world.replicas]
         return names if self.rng.random() < 0.6 else self.rng.sample(names, self.rng.randint(1, len(names)))
 
     # -- store -----------------------------------------------------------------------------------------------------------
 
-    def weather(self, weather: Weather, gap: float, *, all_replicas: bool) -> str:
+    def weather(self, weather: Weather, gap: float, *, all_replicas: bool) -> str | None:
+        """Let the way of one replica, or of all, to the store be like that for `gap` seconds; None if nobody is there to go it."""
         some = self.world.replicas if all_replicas else [self.rng.choice(self.world.replicas)]
+        if weather == CALM or not any(replica.alive for replica in some):
+            return None
         for replica in some:
             replica.faults.weather = weather
 
@@ -331,41 +388,3 @@ class Nemesis:
 
         self.later(gap, mend)
         return f"{', '.join(replica.name for replica in some)} for {gap:.1f} s"
-
-
-KINDS = (
-    "replica killed",
-    "replica frozen",
-    "replica left in order",
-    "agent killed",
-    "agent frozen",
-    "agent left in order",
-    "agent drained",
-    "agent's disk full",
-    "wall clock stepped",
-    "guard killed",
-    "guard frozen",
-    "host rebooted",
-    "host frozen",
-    "partition of a cluster",
-    "one-way cut of a cluster",
-    "partition of replicas",
-    "store storm",
-    "store cut off",
-    "store without quorum",
-    "store leader changed",
-    "lease expired",
-    "watch trouble",
-    "store compacted",
-    "a third of the clusters gone",
-    "glimpse of a cluster",
-    "store sluggish",
-    "message repeated",
-    "message reordered",
-    "request repeated",
-    SECOND,
-    "store restored",
-    machines.SUSPENDED,
-    machines.REPLICA_BEHIND,
-    machines.AGENT_BEHIND,
-)

@@ -29,10 +29,12 @@ OPERATOR_PATIENCE = 100.0
 """Seconds after which the operator gives up: twice what every agent needs to end its work (J12), and some."""
 
 
-def repeat_messages(nemesis: Nemesis) -> str:
+def repeat_messages(nemesis: Nemesis) -> str | None:
     """What replicas relay between owners and agents arrives twice, the second time late and out of order (J7: all of it is
     idempotent)."""
     links, gap = nemesis.world.ground.links, nemesis.rng.uniform(5.0, 20.0)
+    if links.repeats:
+        return None
     links.repeats = nemesis.rng.choice((0.1, 0.3, 0.6))
 
     def mend() -> None:
@@ -42,9 +44,11 @@ def repeat_messages(nemesis: Nemesis) -> str:
     return f"{links.repeats:.0%} of relayed messages for {gap:.1f} s"
 
 
-def reorder_messages(nemesis: Nemesis) -> str:
+def reorder_messages(nemesis: Nemesis) -> str | None:
     """Calls of clients, each on a stream of its own, overtake each other by seconds, and so do their answers (O8)."""
     links, gap = nemesis.world.ground.links, nemesis.rng.uniform(5.0, 20.0)
+    if links.disorder:
+        return None
     links.disorder = nemesis.rng.choice((0.2, 0.5))
 
     def mend() -> None:
@@ -54,28 +58,28 @@ def reorder_messages(nemesis: Nemesis) -> str:
     return f"{links.disorder:.0%} of calls and answers late for {gap:.1f} s"
 
 
-def repeat_request(nemesis: Nemesis) -> str:
+def repeat_request(nemesis: Nemesis) -> str | None:
     """A client's creation that was answered comes again, as from a program that started anew (O8)."""
     client = nemesis.world.client
     if not client.asked:
-        return "none was made yet"
+        return None
     run = nemesis.rng.choice(sorted(client.asked))
     nemesis.started.append(asyncio.get_running_loop().create_task(client.repeat(run)))
     return run
 
 
-def slow_store(nemesis: Nemesis) -> str:
+def slow_store(nemesis: Nemesis) -> str | None:
     """Transactions take up to seconds, and some land long after their clients gave up."""
     weather = Weather(slow_txn=nemesis.rng.choice((0.3, 0.7)), late=nemesis.rng.choice((0.0, 0.2)))
     return nemesis.weather(weather, nemesis.rng.uniform(5.0, 25.0), all_replicas=nemesis.rng.random() < 0.7)
 
 
-def restore_store(nemesis: Nemesis) -> str:
+def restore_store(nemesis: Nemesis) -> str | None:
     """Back to a backup, once in a run; then an operator says so as soon as he may (J12)."""
     world, age = nemesis.world, nemesis.rng.uniform(*BACKUP_AGE)
     etcd, loop = world.ground.etcd, asyncio.get_running_loop()
     if nemesis.backups or not all(replica.alive for replica in world.replicas):
-        return "not now"
+        return None
     nemesis.backups = 1
     backup = etcd.snapshot()
     revision = etcd.keyspace.revision
@@ -119,13 +123,12 @@ GLIMPSE = (4.0, 7.0)
 """Seconds for which it is seen then: enough for a session, a heartbeat and the start of what waits."""
 
 
-def glimpse(nemesis: Nemesis) -> str:
+def glimpse(nemesis: Nemesis) -> str | None:
     """A cluster is heard of at the very moment in which it is lost, while that decision lands late, and is gone again (S4)."""
     world, loop = nemesis.world, asyncio.get_running_loop()
     cluster = nemesis.rng.choice(world.clusters)
     gap, seen = nemesis.rng.uniform(*LAST_MOMENT), nemesis.rng.uniform(*GLIMPSE)
-    names = [replica.name for replica in world.replicas]
-    pairs = [pair for name in names for pair in ((cluster.name, name), (name, cluster.name))]
+    pairs = nemesis.around(cluster)
     kv = world.ground.etcd.keyspace.live.get(keys.owner(FLEET))
     judge = Owned.of(0.0, 0, FLEET, kv.value if kv is not None else b"").replica
     weather = Weather(late_txn=0.8)
@@ -144,19 +147,20 @@ def glimpse(nemesis: Nemesis) -> str:
         if not nemesis.healed:
             nemesis.cut(pairs, 12.0)
 
-    nemesis.cut(pairs, gap)
+    if not nemesis.cut(pairs, gap):
+        return None
     loop.call_later(gap - 0.5, begin)
     nemesis.later(gap + seen, end)
     loop.call_later(gap + seen, cut_again)
     return f"{cluster.name} after {gap:.1f} s for {seen:.1f} s"
 
 
-def second_agent(nemesis: Nemesis) -> str:
+def second_agent(nemesis: Nemesis) -> str | None:
     """Somebody starts another agent under a cluster's name, on another host: S1 keeps it out while the first one lives."""
     world, gap = nemesis.world, nemesis.rng.uniform(10.0, 40.0)
     free = [double for double in world.doubles if not double.alive]
     if not free:
-        return "there are two already"
+        return None
     double = nemesis.rng.choice(free)
     double.start()
     nemesis.later(gap, double.reboot)

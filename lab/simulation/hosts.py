@@ -30,6 +30,11 @@ class SimHost(FakeHost):
         return self._frozen
 
     @property
+    def guarded(self) -> bool:
+        """A guard is there, frozen or not, on a machine that is awake."""
+        return self._guard_alive and not self.suspended
+
+    @property
     def suspended(self) -> bool:
         """Nothing runs."""
         return self._asleep_since is not None

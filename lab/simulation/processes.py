@@ -31,12 +31,14 @@ from control_plane.services.methods import Asked
 from control_plane.snapshots import InPlaceSnapshotter, SnapshotsConfig
 from control_plane.store.keeper import TaskLeaseKeeper
 from control_plane.store.memory import MemoryStore
-from lab.sim_network import NOBODY, AgentEnd, Links, MemoryPeers, Pipe, ReplicaEnd
+from lab.sim_network import NOBODY, Links, MemoryPeers, Pipe, ReplicaEnd
 from lab.simulation import versions
 from lab.simulation.chance import chance
 from lab.simulation.etcd import SeededStoreFaults, SimEtcd
 from lab.simulation.hosts import SimHost
+from lab.simulation.kinds import REFUSED_OLDER, TAIL_LOST
 from lab.simulation.nodes import Node, SimLoop
+from lab.simulation.transport import SimTransport
 from lab.virtual_time import SeededEntropy, VirtualClock
 
 if TYPE_CHECKING:
@@ -99,6 +101,11 @@ class ReplicaProcess:
     def alive(self) -> bool:
         """A process is there, frozen or not."""
         return self.node is not None
+
+    @property
+    def serves(self) -> bool:
+        """It has come up, and has not been told to leave."""
+        return self.replica is not None and self._leaving is not self.node
 
     def start(self) -> None:
         """A new process."""
@@ -167,7 +174,7 @@ class ReplicaProcess:
     def _refused(self) -> None:
         """An older program may not take part any more (J11); whoever supervises it tries again, or upgrades it."""
         self.kill()
-        self._ground.hits["older replica refused"] += 1
+        self._ground.hits[REFUSED_OLDER] += 1
         self._ground.loop.call_later(REFUSED_PAUSE, self.start, context=NOBODY)
 
     def accept(self, pipe: Pipe) -> None:
@@ -245,36 +252,6 @@ def _nobody_asks(context: object) -> Caller:  # noqa: ARG001 - as the edge calls
     raise AssertionError("there is no gRPC in here")
 
 
-class SimTransport:
-    """`cluster_agent.transport.Transport` over the links."""
-
-    def __init__(self, cluster: str, links: Links, replicas: Sequence[ReplicaProcess]) -> None:
-        self._cluster, self._links, self._replicas = cluster, links, replicas
-        self._next = links.rng.randrange(len(replicas))
-
-    async def connect(self) -> AgentEnd:
-        """See `Transport.connect`."""
-        target = self._replicas[self._next % len(self._replicas)]
-        self._next += 1
-        await asyncio.sleep(self._links.rng.uniform(0.0, 2 * self._links.max_delay))
-        if not (self._links.heard(self._cluster, target.name) and self._links.heard(target.name, self._cluster)):
-            await asyncio.sleep(1.0)
-            raise TransportClosed(f"{target.name} does not answer")
-        pipe = Pipe(self._cluster, target.name, self._links)
-        try:
-            target.accept(pipe)
-        except TransportClosed:
-            pipe.close()
-            raise
-        return AgentEnd(pipe)
-
-    def learn(self, endpoints: Sequence[str]) -> None:
-        """All replicas are known."""
-
-    async def close(self) -> None:
-        """Nothing is held."""
-
-
 class ClusterProcess:
     """One cluster: a host with guard and workloads, and its agent in all its lives."""
 
@@ -306,6 +283,9 @@ class ClusterProcess:
         """The next agent is one version behind (J11)."""
         self.node: Node | None = None
         self.agent: Agent | None = None
+        self.off = False
+        """The machine was rebooted and is not up yet."""
+        self._leaving: Node | None = None
         self._executor: FakeExecutor | None = None
 
     @property
@@ -313,10 +293,16 @@ class ClusterProcess:
         """An agent is there, frozen or not."""
         return self.node is not None
 
+    @property
+    def serves(self) -> bool:
+        """An agent has begun, and has not been told to leave."""
+        return self.agent is not None and self._leaving is not self.node
+
     def start(self) -> None:
         """A new agent."""
         if self.node is not None or self.host.suspended:
             return
+        self.off = False
         self.lives += 1
         self.node = self._ground.links.nodes[self.name] = Node(self.name, self._ground.loop)
         self.node.spawn(self._live(self.node))
@@ -335,6 +321,7 @@ class ClusterProcess:
     def leave(self, *, drain: bool) -> None:
         """SIGTERM: end in order, leaving work to the next agent, or with `drain` after all work is dead."""
         if self.agent is not None and self.node is not None:
+            self._leaving = self.node
             self.node.run(partial(self.agent.stop, drain=drain))
 
     def reboot(self) -> None:
@@ -343,7 +330,10 @@ class ClusterProcess:
         self.host.resume()
         self.host.thaw_guard()
         self.host.reboot()
+        before = self.disk.used
         self.disk.crash(self.rng.choice((0.0, 0.5, 1.0)))
+        self._ground.hits[TAIL_LOST] += self.disk.used < before
+        self.off = True
         self.boots += 1
         self._drift = Drift(self.rng.uniform(5.0, 50.0), self._drift.wall_offset, self._drift.rate)
         self.clock = self.host.clock = self._drift.clock()

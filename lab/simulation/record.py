@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from control_plane.batches import BatchReader, Stored
+from control_plane.core import events as ev
+from control_plane.core.model import Evidence
 from control_plane.store import keys
 from control_plane.store.base import EventKind
 from lab.checking.history import Owned, Ran, Said, Watched, Written
@@ -71,3 +73,29 @@ def digest(
 def tally(journal: Sequence[Written]) -> Counter[str]:
     """How often each event happened."""
     return Counter(type(written.event).__name__ for written in journal)
+
+
+def stale_returns(journal: Sequence[Written]) -> int:
+    """How many sessions began with stale work: a cluster that was lost came back, and told of attempts that were lost with it."""
+    where: dict[tuple[str, int, int], str] = {}
+    lost: set[tuple[str, int, int]] = set()
+    session: dict[str, int] = {}
+    returns: set[tuple[str, int]] = set()
+    for written in journal:
+        event = written.event
+        if isinstance(event, ev.SessionOpened):
+            session[event.cluster] = event.generation
+        elif isinstance(event, ev.AttemptsPlaced):
+            where.update((key, event.cluster) for key in _attempts(event))
+        elif isinstance(event, ev.AttemptsLost) and event.evidence is not Evidence.REPORTED:
+            lost.update(_attempts(event))
+        elif isinstance(event, ev.ResultsRefused | ev.StopsConfirmed):
+            told = [where[key] for key in _attempts(event) if key in lost and key in where]
+            returns.update((cluster, session[cluster]) for cluster in told if cluster in session)
+    return len(returns)
+
+
+def _attempts(
+    event: ev.AttemptsPlaced | ev.AttemptsLost | ev.ResultsRefused | ev.StopsConfirmed,
+) -> list[tuple[str, int, int]]:
+    return [(event.run, task, n) for task, n in zip(event.tasks, event.ns, strict=True)]

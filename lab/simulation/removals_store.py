@@ -87,7 +87,7 @@ UNCLEAR_ANSWERS = Removal(
     "a commit without an answer is taken, and said, to have failed",
     (Swap(Journal, "commit", _commit_guessing),),
     replace(SMALL, runs=20, faults=("store storm", "store sluggish"), pace=2.0),
-    seed=2,
+    seed=4,
 )
 
 # -- J7: effects ---------------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ READS = Removal(
     "an owner answers reads without looking whether its lease is still good",
     (Swap(Ownership, "lease_good", _lease_believed),),
     replace(SMALL, runs=20, faults=("replica frozen", "store cut off", "lease expired"), pace=3.0),
-    seed=1,
+    seed=7,
 )
 
 # -- J9: snapshots -------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def besiege(nemesis: Nemesis, kind: str) -> None:
     world, gap = nemesis.world, nemesis.rng.uniform(*SECONDS)
     cluster = max(world.clusters, key=lambda each: (len(each.host.living()), each.name))
     node = cluster.node
-    if node is None:
+    if node is None or not node.runs:
         return
     if kind == "agent killed":
         blind(cluster)
@@ -40,9 +40,8 @@ def besiege(nemesis: Nemesis, kind: str) -> None:
         blind(cluster)
         node.freeze()
         nemesis.later(gap, node.thaw)
-    else:
-        names = [replica.name for replica in world.replicas]
-        nemesis.cut([pair for name in names for pair in ((cluster.name, name), (name, cluster.name))], gap)
+    elif not nemesis.cut(nemesis.around(cluster), gap):
+        return
     nemesis.note(kind, f"{cluster.name}, the busiest, for {gap:.1f} s")
 
 

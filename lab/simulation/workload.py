@@ -141,6 +141,8 @@ class Client:
         self.deadlines: dict[str, float] = {}
         self.asked: dict[str, run_pb2.CreateRunRequest] = {}
         """Creations that were answered."""
+        self.names: dict[str, str] = {}
+        """Runs by wish -> their ids, which the server may have made."""
         self.restored = False
         """The store has forgotten something: a run that is not found any more is nobody's fault (J12)."""
 
@@ -162,6 +164,7 @@ class Client:
         run = run_pb2.CreateRunResponse.FromString(answer).run
         self.created.add(wish.run_id)
         self.asked[wish.run_id] = request
+        self.names[wish.run_id] = run.name.rpartition("/")[2]
         polling = asyncio.get_running_loop().create_task(self._poll(wish.run_id, run.name))
         if self.watchers.wanted():
             polling = asyncio.get_running_loop().create_task(self._both(polling, self.watchers.follow(run)))

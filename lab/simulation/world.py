@@ -21,10 +21,11 @@ from lab.sim_network import Links
 from lab.simulation import faults_machines as machines
 from lab.simulation.chance import chance
 from lab.simulation.etcd import Revision, SimEtcd
-from lab.simulation.faults import KINDS, OUTAGES, PACE, SECOND, Nemesis
+from lab.simulation.faults import OUTAGES, PACE, Nemesis
+from lab.simulation.kinds import CLOCK_RATE, KINDS, REPLICA_BEHIND, SECOND, STALE_WORK
 from lab.simulation.nodes import Node, SimLoop
 from lab.simulation.processes import ClusterProcess, Drift, Ground, ReplicaProcess
-from lab.simulation.record import digest, read_journal, read_owners
+from lab.simulation.record import digest, read_journal, read_owners, stale_returns
 from lab.simulation.versions import read_levels
 from lab.simulation.workload import Client, Load, wishes
 
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 
 RHO = 0.08
 """Largest clock-rate error of a simulated node; just below the 0.083 that leases allow for."""
+
+QUARTZ = 2e-4
+"""Clock-rate error that is none: what cheap quartz does by itself. A machine beyond it is counted."""
 
 SKEW = 0.5
 """Largest wall-clock error of a replica, seconds: what NTP keeps."""
@@ -91,10 +95,12 @@ class World:
         self.seed, self.shape, self.loop = seed, shape, loop
         self.rng = chance("world", seed)
         self.hits: Counter[str] = Counter()
+        self._rates: list[float] = []
+        """Of all machines' clocks."""
         links = Links(chance("links", seed), self.hits)
-        self.ground = Ground(
-            loop, links, SimEtcd(Node("etcd", loop)), MemoryHistory(), self.hits, str(seed), shape.snapshots
-        )
+        etcd = SimEtcd(Node("etcd", loop))
+        etcd.hits = self.hits
+        self.ground = Ground(loop, links, etcd, MemoryHistory(), self.hits, str(seed), shape.snapshots)
         links.nodes["client"] = Node("client", loop)
         self.replicas = [ReplicaProcess(f"r{n}", self.ground, self._drift(SKEW)) for n in range(shape.replicas)]
         lease = PROFILES["fast"]
@@ -102,6 +108,7 @@ class World:
             ClusterProcess(f"c{n}", self.ground, self._drift(20.0), self.replicas, lease, shape.cpus)
             for n in range(shape.clusters or self.rng.choice((3, 3, 4, 5)))
         ]
+        self.hits[CLOCK_RATE] = sum(abs(rate - 1.0) > QUARTZ for rate in self._rates)
         self.doubles = [
             ClusterProcess(
                 f"{at.name}-double", self.ground, self._drift(20.0), self.replicas, lease, shape.cpus, serves=at.name
@@ -117,6 +124,7 @@ class World:
         if not self.shape.drift:
             return Drift(1000.0, 0.0, 1.0)
         rate = 1.0 + self.rng.choice(self.shape.rates) * self.rng.uniform(-1.0, 1.0)
+        self._rates.append(rate)
         return Drift(self.rng.uniform(100.0, 100_000.0), self.rng.uniform(-skew, skew), rate)
 
     def _unhandled(self, _loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
@@ -134,7 +142,7 @@ class World:
     async def run(self) -> Record:
         """Live."""
         shape, loop = self.shape, self.loop
-        if machines.REPLICA_BEHIND in shape.faults and self.nemesis.rng.random() < machines.MIXED:
+        if REPLICA_BEHIND in shape.faults and self.nemesis.rng.random() < machines.MIXED:
             machines.age(self, self.nemesis)
         together = self.rng.choice((0.2, 0.2, 2.0))  # apart, each new replica moves a share of the shards
         for start in [process.start for process in self.replicas]:
@@ -147,6 +155,8 @@ class World:
         ]
         nemesis = loop.create_task(self.nemesis.run(shape.harm))
         await asyncio.sleep(shape.harm)
+        if nemesis.done():
+            nemesis.result()  # a nemesis that failed strikes no more: such a seed is no seed
         nemesis.cancel()
         self.nemesis.heal()
         if self.nemesis.operator is not None:
@@ -183,8 +193,10 @@ class World:
     def _record(self, healed: float, living: list[str], left: list[str]) -> Record:
         ran = [Ran(cluster.name, interval) for cluster in self._hosts for interval in cluster.host.intervals]
         revisions = self.ground.etcd.recorded.record
+        journal = read_journal(revisions)
+        self.hits[STALE_WORK] = stale_returns(journal)
         return Record(
-            journal=read_journal(revisions),
+            journal=journal,
             ran=ran,
             said=self.client.said,
             deadlines=self.client.deadlines,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from baton.client import AsyncClient
-from baton.errors import BatonError, NotFound
+from baton.errors import BatonError, NotFound, RestoreSuspected
 from baton.leases import PROFILES
-from baton.v1 import graph_pb2
+from baton.v1 import graph_pb2, run_pb2
 from control_plane.core.model import ALL_SHARDS
 from control_plane.store import keys
 from control_plane.store.etcd import EtcdStore
@@ -18,6 +20,7 @@ from lab.layout import ETCD
 from lab.parts import Store
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.federation import CLOCK, WAIT, Fed
+from tests.e2e.test_local import Home, eventually
 
 QUIET = 12.0
 """Seconds during which nothing may be placed: longer than a grant's life or a hand-over takes, shorter than L + G."""
@@ -44,6 +47,8 @@ async def test_nothing_is_placed_after_a_restore_until_an_operator_says_so(fed_h
         assert said.returncode == 0, said.stderr
         seen |= await _what_the_backup_misses(fed, before.name)
 
+        ended = await fed.run("ended", [fed.quick("one")])  # what history has not yet when the store goes
+        await fed.accepted_once(ended.name)
         await fed.lab.kill(ETCD)
         fed.open_gate("kept")  # `child` can be placed as soon as somebody places
         await fed.eventually(lambda: fed.effects.copies("kept")[0].ended, "`kept` to end while the store is away")
@@ -52,17 +57,22 @@ async def test_nothing_is_placed_after_a_restore_until_an_operator_says_so(fed_h
         await fed.eventually(lambda: _suspected(fed), "the restore to be noticed")
         seen |= await _epochs(fed)
         # At once: what the backup has forgotten lives for some seconds more, and it is the product that waits for its end.
-        asked, waiting = CLOCK.boot(), asyncio.create_task(fed.cli("admin", "restored", "--yes"))
+        asked, waiting = (
+            CLOCK.boot(),
+            asyncio.create_task(fed.cli("admin", "restored", "--yes", "--backup", str(backup))),
+        )
         during = graph_pb2.GraphSpec(tasks=[fed.quick("one")])
         async with AsyncClient(fed.lab.endpoints, timeout=5.0) as client:
             with pytest.raises(BatonError, match="restored"):
                 await client.create_run(during, deadline=CLOCK.wall() + 600, run_id="during")
+            with pytest.raises(RestoreSuspected):  # "not found" would be a lie that nobody can know
+                await client.get_run("namespaces/default/runs/never-was")
         await asyncio.sleep(QUIET)  # a promise that nothing happens can only be waited for
         assert len(fed.effects.copies()) == started, "something was placed before an operator had looked"
 
         said = await waiting
         assert CLOCK.boot() - asked > FAST.fence + FAST.kill
-        assert (said.returncode, said.stdout) == (0, "incarnation 2\n"), said
+        _check_report(said)
         await fed.eventually(fed.all_ready, "the clusters to be ready")
         await fed.eventually(lambda: len(fed.effects.copies("twice")) == 3, "the forgotten attempt to be repeated")
         fed.open_gate("second")
@@ -71,10 +81,28 @@ async def test_nothing_is_placed_after_a_restore_until_an_operator_says_so(fed_h
         await fed.accepted_once(later.name)
         await _forgotten_work_is_stopped(fed)
 
+        assert (await fed.client.get_run(ended.name)).state == run_pb2.RUN_STATE_SUCCEEDED
         epochs = await _epochs(fed)
         assert {incarnation for _, incarnation, _ in epochs} == {2}
         assert not epochs & seen, "an epoch came again"
         fed.effects.check()  # no fence came again, and what the store had forgotten was dead before it was done again
+
+
+def _check_report(said: subprocess.CompletedProcess[str]) -> None:
+    """Every run of the test is named with what became of it, those that the store has forgotten too."""
+    assert said.returncode == 0, said
+    lines = said.stdout.splitlines()
+    assert lines[0] == "incarnation 2"
+    parts: dict[str, list[str]] = {}
+    for line in lines[1:]:
+        if line.startswith("  "):
+            parts[list(parts)[-1]].append(line.strip().partition(" ")[0].rpartition("/")[2])
+        else:
+            parts[line] = []
+    assert parts["2 runs created after the backup, had ended: kept by history:"] == ["done", "ended"], said.stdout
+    assert parts["1 runs go on from where the backup has them:"] == ["before"], said.stdout
+    assert parts["1 runs forgotten, as far as replicas and agents remember:"] == ["forgotten"], said.stdout
+    assert "{" not in said.stdout + said.stderr, "no raw JSON for people"
 
 
 def _twice(fed: Fed) -> graph_pb2.Task:
@@ -140,3 +168,32 @@ async def _forgotten_work_is_stopped(fed: Fed) -> None:
     with pytest.raises(NotFound):
         await fed.client.get_run("namespaces/default/runs/forgotten")
     await fed.eventually(lambda: not fed.effects.living("orphan"), "the forgotten run's work to be stopped")
+
+
+@pytest.mark.timeout(400)
+def test_a_stopped_local_federation_comes_back_over_a_restored_etcd(tmp_path: Path) -> None:
+    """Down, restore, up: it stays up under the suspicion, says what to type, and that works (README, rehearse a restore)."""
+    home = Home(tmp_path)
+    try:
+        home.baton("local", "up", "--clusters", "eu", "--detach")
+        home.baton("admin", "backup", "mid.db")
+        home.baton("run", home.graph(), "--name", "after", "--wait")
+        home.baton("local", "down")
+        data = home.layout.etcd
+        shutil.rmtree(data)
+        home.baton("admin", "restore", "mid.db", "--data-dir", str(data))
+        up = home.baton("local", "up", "--detach", seconds=110.0)
+        assert "etcd looks restored from a backup, and nothing is written" in up.stdout
+        assert "baton admin restored --backup FILE" in up.stdout
+        assert "{" not in up.stdout
+        assert home.baton("local", "status").stdout.startswith("degraded: etcd looks restored")
+        shards = home.baton("get", "shards").stderr
+        assert ("etcd looks restored: replica-" in shards, "{" in shards) == (True, False)
+        assert home.baton("get", "run", "after", code=None).returncode in {0, 6}, "in history, or nobody can know yet"
+        done = home.baton("admin", "restored", "--yes", "--backup", "mid.db", seconds=110.0)
+        assert "incarnation 2" in done.stdout
+        again = home.baton("run", home.graph(), "--name", "again", "--wait")
+        assert "SUCCEEDED" in again.stdout + again.stderr
+        eventually(lambda: home.baton("local", "status").stdout.startswith("running"), "the headline to say so")
+    finally:
+        home.baton("local", "down", code=None)

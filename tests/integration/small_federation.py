@@ -25,6 +25,7 @@ from baton.v1 import (
     run_pb2,
     run_pb2_grpc,
 )
+from tests import backup_file
 
 MESSAGE_BYTES = 4 * 1024 * 1024
 
@@ -53,7 +54,7 @@ class State:
             for name in ("eu", "us")
         }
         self.changed = asyncio.Condition()
-        self.backup = b"snapshot"
+        self.backup = backup_file.backup(backup_file.batch(1_700_000_000.0))
 
     async def create(self, request: run_pb2.CreateRunRequest) -> run_pb2.Run:
         self.requests.append(request)
@@ -203,11 +204,13 @@ class Replica(
 
     async def CreateRunInPieces(self, request_iterator: Any, context: Any) -> Any:
         async def effect() -> Any:
-            whole = run_pb2.CreateRunRequest()
+            whole, last = run_pb2.CreateRunRequest(), False
             async for piece in request_iterator:
+                last = piece.last
                 if piece.HasField("request"):
                     whole.CopyFrom(piece.request)
                 whole.spec.tasks.extend(piece.tasks)
+            assert last
             return run_pb2.CreateRunInPiecesResponse(run=await self.state.create(whole))
 
         return await self._answer("CreateRunInPieces", context, effect)

@@ -155,9 +155,10 @@ async def test_clusters_and_admin(baton: Shell) -> None:
     assert (await baton("uncordon", "eu")).out == "clusters/eu OPEN\n"
     assert (await baton("admin", "restored", "--yes")).out == "incarnation 2\n"
     assert "default" in (await baton("admin", "namespaces")).out
-    assert (await baton("admin", "backup", "b.db")).out == "b.db: 8 bytes\n"
+    told = "b.db: everything up to 2023-11-14T22:13:20Z, revision 2, 16416 bytes\n"
+    assert (await baton("admin", "backup", "b.db")).out == told
     saved = baton.folder / "b.db"
-    assert (saved.read_bytes(), saved.stat().st_mode & 0o777) == (b"snapshot", 0o600)
+    assert (saved.read_bytes(), saved.stat().st_mode & 0o777) == (baton.state.backup, 0o600)
     assert (await baton("admin", "backup", "b.db")).code == 2
 
 

@@ -60,13 +60,21 @@ def test_the_story_of_a_removal_names_the_violation() -> None:
     done = sim("--sabotage", SURE, "--seed", str(REMOVALS[SURE].seed))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "!!! J7 effects after commit" in done.stdout
+    *_, last = done.stdout.splitlines()
+    assert "J7 effects after commit" in last
+    assert "AttemptId(" not in done.stdout, "a story has short names"
+    assert re.search(r"^broken promises: \d+$", done.stdout, re.MULTILINE)
 
 
 def test_an_unknown_removal_is_refused() -> None:
-    assert chosen("no-such") is None
-    done = sim("--sabotage", "no-such")
+    done = sim("--sabotage", f"{SURE},no-such")
     assert done.returncode == 2
-    assert "there are: owner-compare" in done.stderr
+    assert "--sabotage: no removal 'no-such'; there are: owner-compare" in done.stderr
+
+
+def test_what_is_asked_for_is_chosen() -> None:
+    assert chosen("all") == list(REMOVALS)
+    assert chosen(f"{SURE},live-set") == [SURE, "live-set"]
 
 
 def test_what_was_removed_is_put_back_whatever_happens() -> None:

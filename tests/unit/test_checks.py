@@ -80,6 +80,9 @@ def test_shards_need_owners_and_a_suspected_restore_stops_all() -> None:
     assert told(checks.shards(admin_pb2.ListShardsResponse(shards=[owned, lone]))) == [("shards", FAIL)]
     suspected = admin_pb2.ListShardsResponse(shards=[owned], restore_suspected=True)
     assert told(checks.shards(suspected)) == [("restore", FAIL), ("shards", OK)]
+    after = admin_pb2.ListShardsResponse(shards=[owned], restore_detail="run of uid a (work of it on eu)\nrun of uid b")
+    (restored, _) = checks.shards(after)
+    assert (restored.status, restored.detail[:20]) == (WARN, "2 runs are forgotten")
 
 
 def test_clusters() -> None:

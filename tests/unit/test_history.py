@@ -24,8 +24,9 @@ async def history(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
 
 def archive(uid: str, *, run_id: str = "", incarnation: int = 1, tasks: int = 2, finished: float = 100.0,
             state: run_pb2.RunState.ValueType = run_pb2.RUN_STATE_SUCCEEDED,
-            namespace: str = "default", labels: dict[str, str] | None = None) -> Archive:  # fmt: skip
-    run = run_pb2.Run(name=f"namespaces/{namespace}/runs/{run_id or uid}", uid=uid, state=state, labels=labels)
+            namespace: str = "default", labels: dict[str, str] | None = None, number: int = 2) -> Archive:  # fmt: skip
+    name, etag = f"namespaces/{namespace}/runs/{run_id or uid}", f"{uid}.{number}"
+    run = run_pb2.Run(name=name, uid=uid, etag=etag, state=state, labels=labels)
     run.finish_time.FromSeconds(int(finished))
     statuses = [
         run_pb2.TaskStatus(id=f"t{n}", index=n, state=run_pb2.TaskState.ValueType(5 + n % 2)) for n in range(tasks)
@@ -64,6 +65,16 @@ async def test_a_run_is_kept_whole_and_read_by_name(history: History) -> None:
     assert await history.task("none", "t1") is None
     assert await history.tasks("none", 0, 10, ()) == []
     assert await history.events("none") == []
+
+
+async def test_of_two_inserts_the_one_with_more_events_stays(history: History) -> None:
+    """J8: a client may have read what has come since the first one."""
+    later = archive("u1", run_id="r", tasks=3, number=3)
+    await history.insert([archive("u1", run_id="r", tasks=2), archive("u1", run_id="r", incarnation=2, number=9)])
+    await history.insert([later])
+    await history.insert([archive("u1", run_id="r", tasks=2)])
+    assert await history.run("default", "r") == later.run, "and it is still the earlier incarnation's that is shown"
+    assert len(await history.tasks("u1", 0, 10, ())) == 3
 
 
 async def test_an_insert_is_idempotent_and_the_first_outcome_stays(history: History) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from baton import contexts
+from baton import contexts, etcd_tools
 from baton.errors import InvalidField
 from control_plane.store.versions import Support
-from lab import etcd_binary, hints
+from lab import hints
 from lab.federation import Federation
 from lab.health import headline, part_word
 from lab.layout import Layout, Settings
@@ -39,6 +39,14 @@ def test_whatever_is_wrong_is_said_with_its_cure() -> None:
         " scripts/baton local thaw replica-1 --directory d; scripts/baton local heal replica-1 --directory d;"
         " scripts/baton local start eu --directory d"
     )
+
+
+def test_j12_an_etcd_that_looks_restored_is_said_with_what_to_type() -> None:
+    found = headline({**status(), "restored": "replica-1 found ..."}, "baton", "", " --context local-x")
+    assert found == (
+        "degraded: etcd looks restored, and nothing is written; baton admin restored --backup FILE --context local-x"
+    )
+    assert headline({**status(), "restored": ""}) == "running"
 
 
 def test_hints_can_be_pasted(
@@ -90,7 +98,7 @@ def test_an_unsupported_etcd_beside_go_is_a_command_away(tmp_path: Path, monkeyp
     for name, text in (("etcd", "echo etcd Version: 3.4.0"), ("go", "true")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv(etcd_binary.ENVIRONMENT, str(tmp_path / "etcd"))
+    monkeypatch.setenv(etcd_tools.ENVIRONMENT, str(tmp_path / "etcd"))
     monkeypatch.setenv("PATH", str(tmp_path))
     federation = Federation(Layout(tmp_path / "state"), Settings())
     assert federation.binary.support is not Support.SUPPORTED

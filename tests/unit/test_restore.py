@@ -12,7 +12,7 @@ from control_plane.confirmation import Confirmation
 from control_plane.core.model import Admission, ClusterFacts, FleetTable, Health
 from control_plane.fleet_keys import encode_table
 from control_plane.refusals import OutcomeUnknown
-from control_plane.restore import Mark, Marks
+from control_plane.restore import Mark, Marks, in_words
 from control_plane.snapshots import InPlaceSnapshotter, Job
 from control_plane.store import keys
 from control_plane.store.base import Put, Txn
@@ -233,6 +233,15 @@ async def test_j12_a_replica_that_starts_again_counts_anew(server: MemoryEtcd) -
     assert await seconds_left(again) == 42
     await asyncio.sleep(42)
     assert await again.confirm(now=False) == 2
+
+
+def test_a_suspicion_is_told_in_words() -> None:
+    raw = json.dumps({"replica": "replica-1", "detail": "shard 00, seq 2 was acknowledged", "wall": 1_700_000_000.5})
+    assert in_words(raw) == (
+        "replica-1 found at 2023-11-14T22:13:20Z that the store knows less than was acknowledged"
+        " (shard 00, seq 2 was acknowledged)"
+    )
+    assert in_words("?") == "?"
 
 
 def test_marks_keep_the_highest() -> None:

@@ -18,7 +18,7 @@ CREATIONS = (
     PutGraph(REQUEST, "ns", "g", "u", ()),
     PutNamespace(REQUEST, "ns", 1.0, 0, 0.0),
 )
-ENDINGS = (CancelRun(REQUEST, "ns", "r", ""), Archived("u"))
+ENDINGS = (CancelRun(REQUEST, "ns", "r", ""), Archived("u", 1))
 
 
 def test_j9_creations_stop_at_70_percent_of_the_quota_and_endings_do_not() -> None:

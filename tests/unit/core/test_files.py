@@ -331,7 +331,7 @@ def test_archived_runs_leave_nothing() -> None:
     shard = started(task("t"))
     report(shard, finish(shard.only(), ref("x")))
     assert names(shard.machine.run_record("r1").tasks[0].artifacts) == ["x"]
-    shard.do(Archived("r1"))
+    shard.do(Archived("r1", shard.run().event_number))
     assert shard.machine.artifacts("r1", 0, 10) == []
 
 

@@ -292,24 +292,40 @@ def test_j10_an_archived_run_goes_and_its_stops_stay_until_confirmed() -> None:
     shard.grant("a")
     attempt = shard.only(0)
     with pytest.raises(Refused):
-        shard.do(Archived("r1"))
+        shard.do(Archived("r1", shard.run().event_number))
     shard.cancel()
-    shard.do(Archived("r1"))
+    shard.do(Archived("r1", shard.run().event_number))
     assert shard.machine.run_by_uid("r1") is None
     assert list(shard.machine.archivable()) == []
     assert list(shard.machine.stops_on("a")) == [attempt]
     assert list(shard.restored().stops_on("a")) == [attempt]
     shard.do(TakeReports("a", 1, stopped=(attempt,)))
     assert list(shard.machine.stops_on("a")) == []
-    shard.do(Archived("r1"))
+    shard.do(Archived("r1", 1))
     assert shard.last() == []
+
+
+def test_j10_a_run_with_an_event_that_history_lacks_stays_live() -> None:
+    """What was read of it must not go back (J8)."""
+    shard = Shard(facts("a"))
+    shard.create(task("a"))
+    shard.grant("a")
+    attempt = shard.only(0)
+    shard.cancel()
+    number = shard.run().event_number
+    shard.do(TakeReports("a", 1, stopped=(attempt,)))
+    assert shard.run().event_number > number
+    shard.do(Archived("r1", number))
+    assert list(shard.machine.archivable()) == ["r1"]
+    shard.do(Archived("r1", shard.run().event_number))
+    assert shard.machine.run_by_uid("r1") is None
 
 
 def test_j10_the_name_of_an_archived_run_stays_taken_for_a_while() -> None:
     shard = Shard(facts("a"))
     shard.create(task("a"))
     shard.cancel()
-    shard.do(Archived("r1"))
+    shard.do(Archived("r1", shard.run().event_number))
     again = CreateRun(NO_REQUEST, "ns", "run-r1", "other", START + 9999, 0, (task("a"),), named=True)
     with pytest.raises(Refused) as refused:
         shard.do(again)
@@ -511,5 +527,5 @@ def test_cancel_records_its_request() -> None:
     shard.create(task("a"))
     cancel = CancelRun(request(5), "ns", "run-r1", "enough")
     assert shard.do(cancel) == "r1"
-    shard.do(Archived("r1"))
+    shard.do(Archived("r1", shard.run().event_number))
     assert shard.do(cancel) == "r1"

@@ -283,7 +283,7 @@ def test_f8_what_is_listed_and_not_live_is_stopped_again(phase: Phase) -> None:
 def test_f8_what_is_listed_of_unknown_runs_is_an_orphan() -> None:
     shard, first = placed()
     shard.finish(first)
-    shard.do(Archived("r1"))
+    shard.do(Archived("r1", shard.run().event_number))
     ghost = AttemptId("gone", 3, 1, "n")
     verdict = shard.inventory(held(first, Phase.RUNNING), held(ghost, Phase.QUEUED))
     assert verdict.orphans == (first, ghost)

@@ -129,7 +129,7 @@ class ShardMachine(RuleBasedStateMachine):
     @rule()
     def archive(self) -> None:
         for uid in self.shard.machine.archivable():
-            self.shard.do(Archived(uid))
+            self.shard.do(Archived(uid, self.shard.run(uid).event_number))
 
     @rule(snapshot=st.booleans())
     def take_over(self, snapshot: bool) -> None:
