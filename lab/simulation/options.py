@@ -12,15 +12,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lab.exhaustive.hunt import MINUTES
 from lab.exhaustive.removals import REMOVALS as MISSING
 from lab.simulation import sabotage
 from lab.simulation.kinds import KINDS
 
 SEEDS = 20
 """Seeds by default: some 20 seconds."""
-
-MINUTES = 9.0
-"""Of --exhaustive by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +36,7 @@ class Options:
     """`list`, or names of removals separated by commas; empty: none."""
     exhaustive: bool
     slice: str
-    minutes: float
+    minutes: float | None
     remove: str
     jobs: int
 
@@ -79,7 +77,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
         sabotage=given.get("sabotage", ""),
         exhaustive="exhaustive" in given,
         slice=given.get("slice", "ab"),
-        minutes=given.get("minutes", MINUTES),
+        minutes=given.get("minutes"),
         remove=given.get("remove", ""),
         jobs=given.get("jobs", _cores()),
     )
