@@ -65,6 +65,8 @@ class Nemesis:
         """Nothing new strikes from here on."""
         self.guard_pause = GUARD_PAUSE
         self.backups = 0
+        self.truce_until = 0.0
+        """Virtual time until when nothing is struck."""
         self.restored: list[Restored] = []
         self.owners: list[Owned] = []
         """Owner keys as restores left them."""
@@ -126,7 +128,8 @@ class Nemesis:
         if sieges and self.rng.random() < self.world.shape.sieges:
             loop.call_later(self.rng.uniform(*BEGIN), besiege, self, self.rng.choice(sieges))
         await asyncio.sleep(self.rng.uniform(1.0, 6.0))
-        while asyncio.get_running_loop().time() < end:
+        while loop.time() < end:
+            await asyncio.sleep(max(0.0, self.truce_until - loop.time()))
             kind = self.rng.choice(chosen)
             told = self.strikes[kind]()
             if told is None:
@@ -134,6 +137,13 @@ class Nemesis:
                 continue
             self.note(kind, told)
             await asyncio.sleep(self.rng.expovariate(1.0 / self.world.shape.pace))
+
+    def truce(self, seconds: float) -> None:
+        """Mend what is under way, and strike nothing for so long."""
+        mending, self._mending = self._mending, []
+        for mend in mending:
+            mend()
+        self.truce_until = asyncio.get_running_loop().time() + seconds
 
     def note(self, kind: str, detail: str) -> None:
         """Count a strike, and write it down."""

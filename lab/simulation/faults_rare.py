@@ -26,6 +26,10 @@ AWAY = (7.0, 12.0)
 """Seconds that a store is away while a backup is put in its place: longer than the lease of replicas (5 s and what O2 takes off), as
 docs/restore.md asks. So whoever acts on it afterwards has looked at its own marks first (O3)."""
 
+NOTICED = 8.0
+"""Seconds after a store is back within which somebody who remembers more has told. From the backup until then nothing else is struck:
+a restore that nobody lives to tell stays unseen, which J12 states as its limit."""
+
 OPERATOR_PAUSE = 3.0
 """Seconds between two tries of the operator who confirms a restore."""
 
@@ -85,6 +89,7 @@ def restore_store(nemesis: Nemesis) -> str | None:
     if nemesis.backups or not all(replica.alive for replica in world.replicas):
         return None
     nemesis.backups = 1
+    nemesis.truce(age + away + NOTICED)
     backup = etcd.snapshot()
     revision = etcd.keyspace.revision
 

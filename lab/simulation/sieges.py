@@ -9,6 +9,7 @@ One combination is left out, as G2 states it: a guard that is frozen for longer 
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ SECONDS = (25.0, 29.0)
 
 def besiege(nemesis: Nemesis, kind: str) -> None:
     """Take the busiest cluster out of sight, so that its work starts elsewhere before it is back."""
+    loop = asyncio.get_running_loop()
+    if loop.time() < nemesis.truce_until:
+        loop.call_at(nemesis.truce_until, besiege, nemesis, kind)
+        return
     world, gap = nemesis.world, nemesis.rng.uniform(*SECONDS)
     cluster = max(world.clusters, key=lambda each: (len(each.host.living()), each.name))
     node = cluster.node
