@@ -128,10 +128,7 @@ class Archiver:
                 await self._archive(known, known.unarchived())
             return
         final: set[str] = set()
-        for shard in list(self._controller.owned().values()):
-            survivor = self._survivors.owned(shard.id)
-            if survivor is None:
-                continue
+        for survivor in self._survivors.with_ends():
             uids = survivor.machine.archivable() if self._controller.acting else survivor.unarchived()
             if uids:
                 final.update(uids)

@@ -78,9 +78,9 @@ class Survivors:
             survivor.dropped = self._clock.boot()
             self._dropped.append(survivor)
 
-    def owned(self, shard: str) -> Survivor | None:
-        """A shard that is owned now."""
-        return self._owned.get(shard)
+    def with_ends(self) -> list[Survivor]:
+        """Shards that are owned now, and in which a run has ended that is not archived."""
+        return [each for each in self._owned.values() if each.machine.archivable()]
 
     def all_of(self, incarnation: int) -> Iterator[Survivor]:
         """Every shard known here as of that incarnation or a later one, which the store may have lost; those that were dropped lately
@@ -89,6 +89,8 @@ class Survivors:
 
     def forget_old(self) -> None:
         """Let go of what was dropped long ago."""
+        if not self._dropped:
+            return
         self._dropped = [
             each for each in self._dropped if each.dropped is not None and self._clock.boot() - each.dropped < KEEP
         ]

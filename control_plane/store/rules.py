@@ -23,12 +23,12 @@ def check_txn(txn: Txn) -> None:
             raise NotApplied(f"{name} holds {size} entries, more than {MAX_TXN_OPS}")
     if not all(isinstance(op, Get) for op in txn.failure):
         raise NotApplied("the failure branch may only read")
-    for item in (*txn.compares, *txn.success, *txn.failure):
-        key = item.key
-        if not key and not (isinstance(item, Delete) and item.prefix):
-            raise NotApplied("a key is empty")
-        if not key.isascii():
-            raise NotApplied(f"key {key!r} is not ASCII")
+    items = (*txn.compares, *txn.success, *txn.failure)
+    written = [item.key for item in items]
+    if not all(written) and not all(item.key or (isinstance(item, Delete) and item.prefix) for item in items):
+        raise NotApplied("a key is empty")
+    if not "".join(written).isascii():
+        raise NotApplied(f"key {next(key for key in written if not key.isascii())!r} is not ASCII")
     if not all(isinstance(op, Get) for op in txn.success):
         _refuse_double_writes(txn.success)
     size = txn_bytes(txn)

@@ -43,7 +43,7 @@ SKEW = 0.5
 QUIET = 30.0
 """Seconds after healing (or the last deadline) until everything must be clean: leases, stops, sessions."""
 
-REST = 12.0
+REST = 10.0
 """Seconds after the last run's end until everything must be clean: stops (KILL after 5 s), archives (5 s)."""
 
 
@@ -55,9 +55,9 @@ class Shape:
     clusters: int = 0
     """0: three to five, by seed."""
     cpus: int = 6
-    runs: int = 7
+    runs: int = 6
     """Beside the marathons and crowds of `load`."""
-    harm: float = 36.0
+    harm: float = 30.0
     """Seconds of faults."""
     sieges: float = 0.8
     """Share of seeds in which the busiest cluster is taken out of sight, early and for longer than L + G (20 s)."""
@@ -106,7 +106,7 @@ class World:
         lease = PROFILES["fast"]
         self.clusters = [
             ClusterProcess(f"c{n}", self.ground, self._drift(20.0), self.replicas, lease, shape.cpus)
-            for n in range(shape.clusters or self.rng.choice((3, 3, 4, 5)))
+            for n in range(shape.clusters or self.rng.choice((3, 3, 3, 4, 5)))
         ]
         self.hits[CLOCK_RATE] = sum(abs(rate - 1.0) > QUARTZ for rate in self._rates)
         self.doubles = [
