@@ -213,7 +213,9 @@ class ListShardsResponse(_message.Message):
     restore_suspected: _builtins.bool
     """True while a restore is suspected and nothing may be written."""
     restore_detail: _builtins.str
-    """What the detector saw."""
+    """For people. While a restore is suspected: what the detector saw. After one: runs that it has made nobody's, a line each, as far as
+    replicas and agents remember them; it proves nothing.
+    """
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___Shard]:
         """Shards in order of id."""

@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import pytest
 
-from baton.clock import SystemEntropy
 from lab import processes
 from lab.chaos import cli
 from lab.chaos.campaign import Plan, Result
@@ -41,7 +40,7 @@ def rounds(seed: int, count: int, targets: Targets = TARGETS) -> list[list[Strik
 # -- drawing ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [0, 38, int(SystemEntropy().token(4), 16)])
+@pytest.mark.parametrize("seed", [0, 38, 2_169_103_879])
 def test_a_seed_deals_the_same_strikes_whatever_else_is_drawn_meanwhile(seed: int) -> None:
     first = rounds(seed, 20)
     random.seed(1)
