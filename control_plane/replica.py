@@ -239,34 +239,14 @@ class Replica:
         FleetCalls(controller, calls)
         self._room = StoreRoom(store, clock, parts.quota_bytes)
         desk = Desk(controller, self.forwarder, router, view, parts.history, clock, entropy, self._room.refuses)
-        confirmation = Confirmation(controller.restore, view, clock)
         self.traffic = Traffic()
-        gateway = Gateway(parts.objects, clock, self.traffic) if parts.objects else None
-        survivors = Survivors(clock)
-        forgotten = Forgotten(router, view, parts.history, survivors, self._knows_run)
-        forgotten.serve_peers(calls)
-        self.dispatcher.on_orphans = forgotten.held
-        self.services = Services(
-            desk,
-            confirm_restored=confirmation.confirm,
-            snapshot=parts.backup,
-            gateway=gateway,
-            forgotten=forgotten.lines,
-        )
-        self.services.serve_peers(calls)
+        survivors, forgotten = self._remember()
+        self.services = self._make_services(desk, forgotten)
         self._sweeper = self._make_sweeper()
         leads, level = lambda: FLEET in controller.owned(), lambda: controller.feature_level
         self._upgrading = Upgrading(store, clock, view, leads=leads, level=level)
         self._aftermath = Aftermath(parts.history, controller, clock)
-        self._archiver = Archiver(
-            parts.history,
-            controller,
-            clock,
-            _translator(desk),
-            self._note_archived,
-            survivors=survivors,
-            suspected=lambda: (view.incarnation, bool(view.restore_suspected)),
-        )
+        self._archiver = self._make_archiver(desk, survivors)
         snapshotter = parts.snapshotter
         self._snapshots = Snapshots(store, clock, controller, snapshotter, parts.snapshots) if snapshotter else None
         router.on_from_cluster(self._from_cluster)
@@ -283,6 +263,38 @@ class Replica:
         if parts.meter is not None:
             parts.meter.bind(controller)
             controller.listen(parts.meter)
+
+    def _remember(self) -> tuple[Survivors, Forgotten]:
+        """What is known here of runs that a restored store has lost (J12)."""
+        survivors = Survivors(self.parts.clock)
+        forgotten = Forgotten(self.router, self.view, self.parts.history, survivors, self._knows_run)
+        forgotten.serve_peers(self.calls)
+        self.dispatcher.on_orphans = forgotten.held
+        return survivors, forgotten
+
+    def _make_services(self, desk: Desk, forgotten: Forgotten) -> Services:
+        parts = self.parts
+        services = Services(
+            desk,
+            confirm_restored=Confirmation(self.controller.restore, self.view, parts.clock).confirm,
+            snapshot=parts.backup,
+            gateway=Gateway(parts.objects, parts.clock, self.traffic) if parts.objects else None,
+            forgotten=forgotten.lines,
+        )
+        services.serve_peers(self.calls)
+        return services
+
+    def _make_archiver(self, desk: Desk, survivors: Survivors) -> Archiver:
+        view, parts = self.view, self.parts
+        return Archiver(
+            parts.history,
+            self.controller,
+            parts.clock,
+            _translator(desk),
+            self._note_archived,
+            survivors=survivors,
+            suspected=lambda: (view.incarnation, bool(view.restore_suspected)),
+        )
 
     async def _run(self) -> None:
         """All loops, until cancelled or until one fails."""

@@ -25,10 +25,8 @@ EXAMPLE = "examples/timezones/graph.yaml"
 
 def say(status: dict[str, Any]) -> None:
     """Prints where the federation is and what to try."""
-    layout, baton = Layout(Path(status["directory"])), session.invoked()
+    layout, baton = _say_where(status), session.invoked()
     context = context_flag(layout)
-    click.echo(f"  address  {','.join(status['endpoints'])}  (context {context_name(layout)})")
-    click.echo(f"  logs     {status['logs']}")
     click.echo("try")
     click.echo(f"  {baton} get clusters{context}")
     if Path(EXAMPLE).is_file():
@@ -40,15 +38,19 @@ def say(status: dict[str, Any]) -> None:
 
 def say_restored(status: dict[str, Any]) -> None:
     """Prints what to do about an etcd that looks restored."""
-    layout, baton = Layout(Path(status["directory"])), session.invoked()
-    context = context_flag(layout)
-    click.echo(f"  address  {','.join(status['endpoints'])}  (context {context_name(layout)})")
-    click.echo(f"  logs     {status['logs']}")
+    layout = _say_where(status)
     click.echo("next, with the file that was restored")
-    click.echo(f"  {baton} admin restored --backup FILE{context}")
+    click.echo(f"  {session.invoked()} admin restored --backup FILE{context_flag(layout)}")
     click.echo(
         "  which shows what is suspected, asks, and lets work go on; if nobody restored it on purpose, answer no and find out first"
     )
+
+
+def _say_where(status: dict[str, Any]) -> Layout:
+    layout = Layout(Path(status["directory"]))
+    click.echo(f"  address  {','.join(status['endpoints'])}  (context {context_name(layout)})")
+    click.echo(f"  logs     {status['logs']}")
+    return layout
 
 
 def suffix(layout: Layout) -> str:
