@@ -72,8 +72,8 @@ class Decider:
         machine = slot.owned.machine
         if slot.due_of is not machine:
             due = machine.due()
-            slot.due, slot.due_of = (math.inf if due is None else due), machine
-        return max(slot.quiet_until, slot.due)
+            slot.due, slot.due_of = (math.inf if due is None else max(slot.quiet_until, due)), machine
+        return slot.due
 
     def decide(self, slot: Slot) -> tuple[list[Answer], Decision | None]:
         """Handle what arrived. Either a decision to commit (its answers in it), or no events and answers to give now.

@@ -310,10 +310,12 @@ class Dispatcher:
                 continue
             shown = self._controller.owned()
             homes = {uid: info.replica for uid, info in self._view.sessions.items() if not info.ended}
-            for (shard, cluster), link in list(self._links.items()):
-                moved = homes.get(cluster, link.replica) != link.replica
-                if not (moved or link.unreceived or link.stops_sent):
-                    continue
+            unanswered = [
+                (shard, cluster, link)
+                for (shard, cluster), link in self._links.items()
+                if link.unreceived or link.stops_sent or homes.get(cluster, link.replica) != link.replica
+            ]
+            for shard, cluster, link in unanswered:
                 owned = shown.get(shard)
                 session = self._view.sessions.get(cluster)
                 if owned is None or owned.lost:

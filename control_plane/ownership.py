@@ -48,8 +48,8 @@ READ_TIMEOUT = 2.0
 """Seconds for one survey of the store."""
 
 
-SURVEYED = (keys.INCARNATION, keys.FEATURE_LEVEL, *map(keys.owner, ALL_SHARDS), *map(keys.head, ALL_SHARDS))
-"""Keys that a survey reads at one revision."""
+SURVEYED = (keys.INCARNATION, keys.FEATURE_LEVEL, *map(keys.owner, ALL_SHARDS))
+"""Keys that a survey reads at one revision, beside the heads of the shards that are held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class OwnershipConfig:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The store at one moment: live members, owner keys, heads."""
+    """The store at one moment: live members, owner keys, heads of the shards that were held here when it was asked."""
 
     members: tuple[str, ...]
     owners: dict[str, KeyValue | None]
@@ -254,13 +254,14 @@ class Ownership:
     async def _survey(self) -> Survey:
         """Members, then owners and heads. Raises Unavailable, Corrupt."""
         members = await self._store.range(keys.MEMBERS_PREFIX, timeout=READ_TIMEOUT)
-        found, _ = await read_keys(self._store, SURVEYED, timeout=READ_TIMEOUT)
-        owner_kvs, head_kvs = found[2 : 2 + len(ALL_SHARDS)], found[2 + len(ALL_SHARDS) :]
+        held = tuple(self._controller.owned())
+        found, _ = await read_keys(self._store, (*SURVEYED, *map(keys.head, held)), timeout=READ_TIMEOUT)
+        owner_kvs, head_kvs = found[2 : len(SURVEYED)], found[len(SURVEYED) :]
         leases = {name: kv.lease for kv in members.kvs if (name := keys.parse_member(kv.key)) is not None}
         return Survey(
             members=tuple(leases),
             owners=dict(zip(ALL_SHARDS, owner_kvs, strict=True)),
-            heads={shard: Head.parse(kv) for shard, kv in zip(ALL_SHARDS, head_kvs, strict=True)},
+            heads={shard: Head.parse(kv) for shard, kv in zip(held, head_kvs, strict=True)},
             incarnation=read_incarnation(found[0]),
             level=feature_level(found[1]),
             lease=leases.get(self._member.replica, 0),
@@ -283,8 +284,9 @@ class Ownership:
         for shard, owned in list(self._controller.owned().items()):
             kv = survey.owners[shard]
             ours = kv is not None and kv.value == owned.owner_value and survey.incarnation == owned.incarnation
-            # Our own commits may have come after the survey, so only a head below ours, or another at it, speaks.
-            head = survey.heads[shard]
+            # Our own commits may have come after the survey, so only a head above ours, or another at it, speaks; and none at
+            # all of a shard that was not held when it was asked.
+            head = survey.heads.get(shard, Head())
             if not ours or (head.seq > owned.seq) or (head.seq == owned.seq and head.nonce != owned.nonce):
                 self._controller.drop(shard)
 

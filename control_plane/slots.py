@@ -146,7 +146,8 @@ class Slot:
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     """No decision is in flight."""
     due: float = math.inf
-    """The machine's next timer (wall time), as long as `due_of` is the machine: it moves only by deciding."""
+    """The machine's next timer (wall time), not before `quiet_until`, as long as `due_of` is the machine: it moves only by
+    deciding."""
     due_of: Machine | None = None
     quiet_until: float = 0.0
     """Wall time before which a timer that brought nothing is not asked again."""

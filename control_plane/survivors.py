@@ -80,7 +80,7 @@ class Survivors:
 
     def with_ends(self) -> list[Survivor]:
         """Shards that are owned now, and in which a run has ended that is not archived."""
-        return [each for each in self._owned.values() if each.machine.archivable()]
+        return [each for each in self._owned.values() if each.final and each.machine.archivable()]
 
     def all_of(self, incarnation: int) -> Iterator[Survivor]:
         """Every shard known here as of that incarnation or a later one, which the store may have lost; those that were dropped lately

@@ -4,8 +4,6 @@ Theory. Routing, dispatching and scheduling want to know who owns what *right no
 store would cost more than the work. So every replica keeps the small keys in memory and follows their watch. A view may be
 late, and being wrong costs latency only: whatever must be true is compared in a fenced transaction (PROTOCOL J4, S2, S4).
 Fleet's table is read as a level: whichever one is newest is compared in whole, so a missed edge means nothing (S5).
-
-Owner keys are watched one by one: their neighbours under `shards/` are the logs, which nobody wants twice.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from baton.clock import Clock
 from baton.v1 import agent_pb2
-from control_plane.core.model import ALL_SHARDS, FleetTable
+from control_plane.core.model import FleetTable
 from control_plane.fleet_keys import SessionInfo, decode_session, decode_table
 from control_plane.store import keys
 from control_plane.store.base import Compacted, EventKind, KeyValue, RangeResult, Store, StoreError
@@ -35,7 +33,7 @@ RETRY_PAUSE = 0.2
 
 REFRESH = 30.0
 """Seconds after which a prefix is listed again though its watch goes on. A restored store (PROTOCOL J12) that has passed the
-watch's place has other keys and says nothing of it; this bounds how long they are believed. Costs about one read a second."""
+watch's place has other keys and says nothing of it; this bounds how long they are believed. Costs a read in five seconds."""
 
 LIST_PAGE = 500
 """Keys per page of a listing: a session's beat is about 1 KiB, so a page stays under etcd's default message size."""
@@ -89,11 +87,11 @@ class View:
         self._subscribers: list[Subscriber] = []
         prefixes = (
             keys.MEMBERS_PREFIX,
+            keys.OWNERS_PREFIX,
             keys.SESSIONS_PREFIX,
             keys.FLEET_TABLE,
             keys.INCARNATION,
             keys.RESTORED_SUSPECTED,
-            *(keys.owner(shard) for shard in ALL_SHARDS),
         )
         self._feeds = [_Feed(prefix) for prefix in prefixes]
 

@@ -57,23 +57,24 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self, shuffle: random.Random | None = None) -> None:
         selector = _InstantSelector()
         selector.loop = self
-        self._now = 0.0
+        self.now = 0.0
+        """As `time()`, which costs a call."""
         self._steps = 0
         self._shuffle = shuffle
         super().__init__(selector)
 
     def time(self) -> float:
         """Virtual seconds since the loop was made."""
-        return self._now
+        return self.now
 
     def advance(self, seconds: float) -> None:
         """Let time pass."""
-        self._now += seconds
+        self.now += seconds
 
     def _run_once(self) -> None:
         self._steps += 1
         if self._steps > MAX_STEPS:
-            raise Spinning(f"{MAX_STEPS} loop turns, and the virtual time is only {self._now}")
+            raise Spinning(f"{MAX_STEPS} loop turns, and the virtual time is only {self.now}")
         ready: deque[Any] = self._ready  # type: ignore[attr-defined]  # BaseEventLoop's queue, private and stable
         if self._shuffle is not None and len(ready) > 1:
             order = list(ready)
@@ -130,20 +131,22 @@ class VirtualClock:
     never steps back."""
 
     def __init__(self, *, boot_offset: float = 1000.0, wall_offset: float = 0.0, rate: float = 1.0) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._time = self._loop.time
+        loop = asyncio.get_running_loop()
+        if not isinstance(loop, VirtualLoop):
+            raise TypeError(f"virtual time needs a VirtualLoop, not {type(loop).__name__}")
+        self._loop = loop
         self._rate = rate
-        self._at = self._time()
+        self._at = loop.now
         self._boot = boot_offset
         self._wall_ahead = EPOCH + wall_offset - boot_offset
 
     def boot(self) -> float:
         """See `Clock.boot`."""
-        return self._boot + (self._time() - self._at) * self._rate
+        return self._boot + (self._loop.now - self._at) * self._rate
 
     def wall(self) -> float:
         """See `Clock.wall`."""
-        return self._boot + (self._time() - self._at) * self._rate + self._wall_ahead
+        return self._boot + (self._loop.now - self._at) * self._rate + self._wall_ahead
 
     def sleep(self, seconds: float) -> Coroutine[Any, Any, None]:
         """See `Clock.sleep`: `seconds` of this clock."""
@@ -165,7 +168,7 @@ class VirtualClock:
 
     def set_rate(self, rate: float) -> None:
         """From now on the clocks run `rate` times as fast as true time. Sleeps under way keep their length."""
-        self._boot, self._at, self._rate = self.boot(), self._time(), rate
+        self._boot, self._at, self._rate = self.boot(), self._loop.now, rate
 
 
 class SeededEntropy:

@@ -4,7 +4,7 @@ Theory: a prefix read or watch is a string comparison, so `/g/1` also finds `/g/
 26). Two habits make that impossible here: numbers have a fixed width, so order of keys is order of numbers; and every
 prefix ends in `/`, which no segment may contain.
 
-    shards/{shard}/owner                           nonce of the taking, under the owner's lease          J4, O1
+    owners/{shard}                                 nonce of the taking, under the owner's lease          J4, O1
     shards/{shard}/head                            highest committed seq                                 J4
     shards/{shard}/log/{seq:016}                   one batch of events                                   J1
     shards/{shard}/snapshot/manifest               which snapshot is whole                               J9
@@ -41,13 +41,15 @@ FEATURE_LEVEL = "feature_level"
 FEDERATION = "federation"
 FLEET_TABLE = "fleet/table"
 
+OWNERS_PREFIX = "owners/"
 SHARDS_PREFIX = "shards/"
 MEMBERS_PREFIX = "members/"
 SESSIONS_PREFIX = "sessions/"
 
 _SHARD_IDS = frozenset(ALL_SHARDS)
 _SEGMENT = re.compile(r"[A-Za-z0-9_.\-]{1,253}")
-_SHARD_KEY = re.compile(r"shards/([^/]+)/(owner|head)")
+_OWNER = re.compile(r"owners/([^/]+)")
+_HEAD = re.compile(r"shards/([^/]+)/head")
 _LOG = re.compile(r"shards/([^/]+)/log/([0-9]{16})")
 _MANIFEST = re.compile(r"shards/([^/]+)/snapshot/manifest")
 _CHUNK = re.compile(r"shards/([^/]+)/snapshot/([0-9]{16})/([0-9]{6})")
@@ -68,8 +70,8 @@ def shard_prefix(shard: str) -> str:
 
 
 def owner(shard: str) -> str:
-    """Who owns the shard (PROTOCOL J4)."""
-    return f"shards/{_shard(shard)}/owner"
+    """Who owns the shard (PROTOCOL J4). Beside the shard, not in it: every replica watches all owners and no logs."""
+    return f"{OWNERS_PREFIX}{_shard(shard)}"
 
 
 def head(shard: str) -> str:
@@ -129,12 +131,14 @@ def session_beat(cluster_uid: str) -> str:
 
 def parse_owner(key: str) -> str | None:
     """The shard of an owner key, None for any other key."""
-    return _parse_shard_key(key, "owner")
+    match = _OWNER.fullmatch(key)
+    return match[1] if match and match[1] in _SHARD_IDS else None
 
 
 def parse_head(key: str) -> str | None:
     """The shard of a head key, None for any other key."""
-    return _parse_shard_key(key, "head")
+    match = _HEAD.fullmatch(key)
+    return match[1] if match and match[1] in _SHARD_IDS else None
 
 
 def parse_log(key: str) -> tuple[str, int] | None:
@@ -165,11 +169,6 @@ def parse_session(key: str) -> tuple[str, str] | None:
     """(cluster uid, "owner" or "beat") of a session key, None for any other key."""
     match = _SESSION.fullmatch(key)
     return (match[1], match[2]) if match and _SEGMENT.fullmatch(match[1]) else None
-
-
-def _parse_shard_key(key: str, leaf: str) -> str | None:
-    match = _SHARD_KEY.fullmatch(key)
-    return match[1] if match and match[2] == leaf and match[1] in _SHARD_IDS else None
 
 
 def _shard(shard: str) -> str:

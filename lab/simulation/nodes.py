@@ -14,10 +14,10 @@ import asyncio
 import contextvars
 import heapq
 import random
-import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from enum import Enum
+from functools import partial
 from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 from lab.virtual_time import Deadlock, Spinning, VirtualLoop
@@ -27,6 +27,10 @@ Ts = TypeVarTuple("Ts")
 
 STILL = 100_000
 """Loop turns without time passing after which a world spins. A whole seed has 20,000."""
+
+SWEEP = 512
+"""Tasks from which on ended ones are thrown out, whenever there are twice as many as lived at the last sweep. Smaller: more sweeps;
+larger: memory."""
 
 NODE: contextvars.ContextVar[Node | None] = contextvars.ContextVar("node", default=None)
 
@@ -122,9 +126,6 @@ class SimTask(asyncio.Task[Any]):
     def __hash__(self) -> int:
         return self._number
 
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
 
 class SimHandle(asyncio.TimerHandle):
     """A callback to be run, at once or at a time: asyncio's, without what its debug mode wants to know. A seed makes 35,000."""
@@ -166,11 +167,16 @@ class SimLoop(VirtualLoop):
         self.spawned: set[asyncio.Task[Any]] = set()
         self.graveyard: list[SimTask] = []
         """Tasks of dead nodes, kept from the garbage collector, which would run their `finally`."""
-        self._made: weakref.WeakSet[SimTask] = weakref.WeakSet()
+        self._made: list[SimTask] = []
+        """All that live, and what ended since the last sweep: a weak set costs a microsecond for each of them, twice."""
+        self._sweep_at = SWEEP
         self._order = shuffle
         self._numbers = self._set = 0
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self.set_task_factory(self._make_task)
+        # asyncio asks both for every future there is: without a frame of Python's they cost a third.
+        self.get_debug = bool  # type: ignore[method-assign]
+        self.create_future = partial(asyncio.Future, loop=self)  # type: ignore[method-assign]
 
     def _make_task(
         self,
@@ -182,12 +188,16 @@ class SimLoop(VirtualLoop):
         context = options.get("context")
         node = NODE.get() if context is None else context.get(NODE)
         task = SimTask(work, loop=self, number=self._numbers, node=node, **options)
-        self._made.add(task)
+        self._made.append(task)
+        if len(self._made) >= self._sweep_at:
+            self.living()
         return task
 
     def living(self) -> list[SimTask]:
         """Tasks that have not ended. (asyncio's own set is of all loops there ever were.)"""
-        return [task for task in self._made if not task.done()]
+        self._made = [task for task in self._made if not task.done()]
+        self._sweep_at = max(SWEEP, 2 * len(self._made))
+        return list(self._made)
 
     def bury(self) -> None:
         """The run is over: cancel what is left, the tasks of dead nodes too."""
@@ -207,7 +217,7 @@ class SimLoop(VirtualLoop):
 
     def postpone(self, node: Node, since: float, held: deque[asyncio.Handle]) -> deque[asyncio.Handle]:
         """Let all timers that `node` had set come later by the time since then; what else it has missed."""
-        slept = self._now - since
+        slept = self.now - since
         due = [timer for timer in held if isinstance(timer, SimTimer)]
         kept = [entry for entry in self._timers if entry[2]._context.get(NODE) is not node]  # type: ignore[attr-defined]  # noqa: SLF001
         late = [entry for entry in self._timers if entry[2]._context.get(NODE) is node]  # type: ignore[attr-defined]  # noqa: SLF001
@@ -243,7 +253,7 @@ class SimLoop(VirtualLoop):
         self, callback: Callable[[Unpack[Ts]], object], *args: *Ts, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
         """See asyncio."""
-        handle = SimHandle(self._now, callback, args, self, context)
+        handle = SimHandle(self.now, callback, args, self, context)
         self._ready.append(handle)  # type: ignore[attr-defined]  # as above
         return handle
 
@@ -255,7 +265,7 @@ class SimLoop(VirtualLoop):
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         """See asyncio."""
-        when = self._now + delay
+        when = self.now + delay
         timer = SimTimer(when, callback, args, self, context)
         self._set += 1
         heapq.heappush(self._timers, (when, self._set, timer))
@@ -274,46 +284,50 @@ class SimLoop(VirtualLoop):
         heapq.heappush(self._timers, (when, self._set, timer))
         return timer
 
-    def _jump(self) -> None:
-        """Nothing is left to do now: go on at the next timer's time."""
-        if not self._timers:
-            raise Deadlock("nothing is ready and no timer is set")
-        if self._timers[0][0] > self._now:
-            self._now, self._moved = self._timers[0][0], self.turns
-
     def _run_once(self) -> None:
-        """One turn: let time jump if there is nothing to do, then run what is ready, in seeded order."""
-        self.turns += 1
-        if self.turns - self._moved > STILL:
-            raise Spinning(f"{STILL} loop turns, and the virtual time is still {self._now}")
+        """Turns, until somebody stops the loop: let time jump if there is nothing to do, then run what is ready, in seeded order."""
         ready: deque[Any] = self._ready  # type: ignore[attr-defined]  # as above
+        # `Random.shuffle` asks for bits one by one, which costs three calls for each.
+        chance = None if self._order is None else self._order.random
+        runs = Life.RUNS
+        while True:
+            self.turns += 1
+            if self.turns - self._moved > STILL:
+                raise Spinning(f"{STILL} loop turns, and the virtual time is still {self.now}")
+            count = self._make_due(ready)
+            if count > 1 and chance is not None:
+                for last in range(count - 1, 0, -1):
+                    other = int(chance() * (last + 1))
+                    ready[last], ready[other] = ready[other], ready[last]
+            for _ in range(count):
+                handle = ready.popleft()
+                if handle._cancelled:  # noqa: SLF001 - asyncio.Handle's own state
+                    continue
+                context = handle._context  # noqa: SLF001 - as above
+                node = context.get(NODE)
+                if node is not None and node.life is not runs and not self.buried:
+                    node.hold(handle)
+                    continue
+                try:
+                    context.run(handle._callback, *handle._args)  # noqa: SLF001 - as above
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:  # noqa: BLE001 - as `call`, which this is but for the cost of calling it
+                    self._tell(handle, error)
+            if self._stopping:  # type: ignore[attr-defined]  # as above
+                return
+
+    def _make_due(self, ready: deque[Any]) -> int:
+        """Let time jump if nothing is ready, and make ready what is due now; how much is ready."""
         timers = self._timers
-        while timers and timers[0][2]._cancelled:  # noqa: SLF001 - asyncio.Handle's own state
+        while timers and timers[0][2]._cancelled:  # noqa: SLF001 - as above
             heapq.heappop(timers)
         if not ready and not self._stopping:  # type: ignore[attr-defined]  # as above
-            self._jump()
-        end = self._now + 1e-9
+            if not timers:
+                raise Deadlock("nothing is ready and no timer is set")
+            if timers[0][0] > self.now:
+                self.now, self._moved = timers[0][0], self.turns
+        end = self.now + 1e-9
         while timers and timers[0][0] < end:
             ready.append(heapq.heappop(timers)[2])
-        count = len(ready)
-        if count > 1 and self._order is not None:
-            chance = self._order.random  # `Random.shuffle` asks for bits one by one, which costs three calls for each
-            for last in range(count - 1, 0, -1):
-                other = int(chance() * (last + 1))
-                ready[last], ready[other] = ready[other], ready[last]
-        runs = Life.RUNS
-        for _ in range(count):
-            handle = ready.popleft()
-            if handle._cancelled:  # noqa: SLF001 - as above
-                continue
-            context = handle._context  # noqa: SLF001 - as above
-            node = context.get(NODE)
-            if node is not None and node.life is not runs and not self.buried:
-                node.hold(handle)
-                continue
-            try:
-                context.run(handle._callback, *handle._args)  # noqa: SLF001 - as above
-            except (SystemExit, KeyboardInterrupt):
-                raise
-            except BaseException as error:  # noqa: BLE001 - as `call`, which this is but for the cost of calling it
-                self._tell(handle, error)
+        return len(ready)

@@ -29,7 +29,7 @@ PARSERS = (
 
 def test_the_layout() -> None:
     assert keys.shard_id(7) == "07"
-    assert keys.owner("07") == "shards/07/owner"
+    assert keys.owner("07") == "owners/07"
     assert keys.head(FLEET) == "shards/fleet/head"
     assert keys.log("31", 12) == "shards/31/log/0000000000000012"
     assert keys.snapshot_manifest("00") == "shards/00/snapshot/manifest"
@@ -95,9 +95,11 @@ def test_shard_and_snapshot_prefixes_never_cover_a_sibling(one: str, other: str,
     "key",
     [
         "",
-        "shards/32/owner",
-        "shards/1/owner",
-        "shards/00/owner/x",
+        "owners/32",
+        "owners/1",
+        "owners/00/x",
+        "shards/00/owner",
+        "shards/32/head",
         "shards/00/log/12",
         "shards/00/log/000000000000001x",
         "shards/99/log/0000000000000012",
