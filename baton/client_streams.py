@@ -9,7 +9,6 @@ to say.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, TypeVar, cast
 
@@ -17,6 +16,7 @@ import grpc
 
 from baton.client_call import Caller, Endpoint, Refusals, error_of, may_retry
 from baton.errors import BatonError, Internal
+from baton.time_limits import time_limit
 from baton.v1 import admin_pb2, run_pb2
 
 Message = TypeVar("Message")
@@ -132,7 +132,7 @@ async def _fresh(
 
 async def next_message(stream: grpc.aio.UnaryStreamCall[Any, Message]) -> Message | None:
     """The next message, None at the end. Raises TimeoutError after too long a silence, AioRpcError."""
-    async with asyncio.timeout(SILENCE_SECONDS):
+    async with time_limit(SILENCE_SECONDS):
         message = await stream.read()
     return None if message is grpc.aio.EOF else cast("Message", message)
 

@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from urllib.parse import unquote
 
+from baton.time_limits import time_limit
+
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 32
@@ -106,10 +108,10 @@ class WebPort:
             writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async with asyncio.timeout(HEAD_SECONDS):
+        async with time_limit(HEAD_SECONDS):
             head = await reader.readuntil(b"\r\n\r\n")
         method, _, rest = head.split(b"\r\n", 1)[0].decode("latin-1").partition(" ")
-        async with asyncio.timeout(ANSWER_SECONDS):
+        async with time_limit(ANSWER_SECONDS):
             answer = await self._answer(method, unquote(rest.partition(" ")[0].partition("?")[0]))
             lines = (
                 f"HTTP/1.1 {answer.status} {_WORDS.get(answer.status, 'Error')}",

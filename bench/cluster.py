@@ -25,6 +25,7 @@ from pathlib import Path
 from baton.clock import SystemClock, SystemEntropy
 from baton.leases import PROFILES, to_millis
 from baton.packing import pack
+from baton.time_limits import time_limit
 from baton.v1 import agent_pb2, graph_pb2
 from bench.shapes import NOTHING, TASKS
 from cluster_agent.agent import Agent
@@ -233,7 +234,7 @@ async def measure(given: argparse.Namespace, directory: Path) -> dict[str, objec
     )
     running = asyncio.create_task(agent.run())
     try:
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with time_limit(PATIENCE_SECONDS):
             await owner.finished(running)
             before, cpu, wall = by_role(executor.guard_pid), time.thread_time(), time.perf_counter()
             owner.more(given.tasks, 1 if given.chain else given.outstanding)

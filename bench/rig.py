@@ -16,6 +16,7 @@ from pathlib import Path
 
 from baton.client import AsyncClient
 from baton.clock import SystemClock, SystemEntropy
+from baton.time_limits import time_limit
 from baton.v1 import cluster_pb2
 from cluster_agent.guard import proctree
 from control_plane.store.versions import Support
@@ -160,7 +161,7 @@ async def _agent_pid(machine: subprocess.Popen[bytes]) -> int:
 async def _ready(client: AsyncClient, agent: int, log: Path) -> None:
     """Wait for the cluster to be READY. Raises TimeoutError, RuntimeError with the end of the agent's log."""
     clock = SystemClock()
-    async with asyncio.timeout(READY_SECONDS):
+    async with time_limit(READY_SECONDS):
         while not [c async for c in client.list_clusters() if c.health == cluster_pb2.CLUSTER_HEALTH_READY]:
             process = proctree.read(agent)
             if process is None or not process.alive:

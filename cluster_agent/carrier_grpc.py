@@ -27,6 +27,7 @@ from baton.errors import (
     WrongState,
     from_status,
 )
+from baton.time_limits import time_limit
 from baton.v1 import agent_pb2, artifact_pb2
 from cluster_agent.carrying.port import (
     CarrierCorrupt,
@@ -254,5 +255,5 @@ def _next(chunks: Iterator[Chunk]) -> Chunk | None:
 
 
 async def _step(waiting: Awaitable[T], seconds: float) -> T:
-    async with asyncio.timeout(seconds):
+    async with time_limit(seconds):
         return await waiting

@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 
 from baton.bundles import BUNDLE_BYTES, BUNDLE_MESSAGES, join
+from baton.time_limits import time_limit
 from baton.v1 import agent_pb2
 from cluster_agent.transport import Stream, TransportClosed
 
@@ -100,7 +101,7 @@ class GrpcTransport:
         self._next += 1
         channel = self._channel(endpoint)
         try:
-            async with asyncio.timeout(DIAL_SECONDS):
+            async with time_limit(DIAL_SECONDS):
                 await channel.channel_ready()
         except TimeoutError as error:
             await channel.close()

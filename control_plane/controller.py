@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from baton.clock import Clock, Entropy
+from baton.time_limits import time_limit
 from control_plane.claims import claim, give_back
 from control_plane.core.commands import Command, Outbox, Refused
 from control_plane.core.events import Event
@@ -158,7 +159,7 @@ class Controller:
         slot.inbox.append(item)
         self._cycle.wake()
         try:
-            async with asyncio.timeout(timeout):
+            async with time_limit(timeout):
                 return await reply
         except TimeoutError:
             # The await cancelled `reply`: an undecided item is now abandoned, and never will be decided.
@@ -194,7 +195,7 @@ class Controller:
         slot.reads.append(Read(question, waiting))
         self._cycle.wake()
         try:
-            async with asyncio.timeout(timeout):
+            async with time_limit(timeout):
                 return await waiting
         except TimeoutError:
             raise StoreDown(f"shard {shard} did not open in {timeout} s") from None
@@ -257,7 +258,7 @@ class Controller:
     async def _flush(self, slot: Slot) -> None:
         slot.releasing = True
         try:
-            async with asyncio.timeout(FLUSH_TIMEOUT):
+            async with time_limit(FLUSH_TIMEOUT):
                 await slot.idle.wait()
         except TimeoutError:
             log.warning("a shard is let go with a decision in flight", extra={"shard": slot.shard})

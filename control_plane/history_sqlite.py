@@ -18,6 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
+from baton.time_limits import time_limit
 from baton.v1 import run_pb2
 from control_plane.history import Archive, HistoryDown, Piece, Wanted, attempt_key, event_number
 
@@ -184,7 +185,7 @@ class SqliteHistory:
         if self._closed:
             raise HistoryDown("history is closed")
         try:
-            async with asyncio.timeout(CALL_SECONDS):
+            async with time_limit(CALL_SECONDS):
                 return await asyncio.get_running_loop().run_in_executor(thread, work)
         except (sqlite3.Error, TimeoutError, zlib.error) as error:
             raise HistoryDown(f"history file {self._path}: {error}") from error

@@ -73,19 +73,19 @@ class Holdings:
         """Namespaces that this shard keeps (O6)."""
         return self._machine.namespaces()
 
-    def reported(self) -> None:
-        """A capacity report was heard: note what each new one includes."""
+    def reported(self) -> bool:
+        """A capacity report was heard: note what each new one includes. False if nothing lives anywhere, so that until something
+        does the next ones are of no concern."""
         if self._machine.bare:
-            if self._bases:
-                self._bases.clear()  # as if none had been heard: whatever comes later is in none of them
-            return
+            self._bases.clear()  # as if none had been heard: whatever comes later is in none of them
+            return False
         fresh = [
             uid
             for uid, beat in self._view.beats.items()
             if uid not in self._bases or self._bases[uid][0] != beat.mod_revision
         ]
         if not fresh:
-            return
+            return True
         held = {uid: self._held(uid) for uid in fresh}
         unreported: dict[str, Counter[str]] = {}
         if any(held.values()):
@@ -95,6 +95,7 @@ class Holdings:
         for uid, base in held.items():
             base.subtract(unreported.get(uid, Counter()))
             self._bases[uid] = (self._view.beats[uid].mod_revision, base)
+        return True
 
     def uses(self) -> list[Use]:
         """What is held, or has changed since the last report, now."""

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from baton.clock import Entropy
 from baton.internal import peer_pb2 as pb
+from baton.time_limits import time_limit
 
 MessageHandler = Callable[[str, pb.PeerMessage], None]
 
@@ -106,7 +107,7 @@ class Calls:
         try:
             if not self._peers.send(replica, pb.PeerMessage(call=call)):
                 raise CallLost(f"replica {replica} cannot be reached")
-            async with asyncio.timeout(context.timeout):
+            async with time_limit(context.timeout):
                 while True:
                     reply = await answers.get()
                     if reply is None:
@@ -175,7 +176,7 @@ class Calls:
         try:
             if handler is None:
                 raise LookupError(f"no such method: {call.method}")
-            async with asyncio.timeout(context.timeout):
+            async with time_limit(context.timeout):
                 async for payload in handler(call.payload, context):
                     reply(payload=payload, more=True)
             reply()

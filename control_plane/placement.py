@@ -32,7 +32,7 @@ class Routes(Protocol):
         ...
 
     def on_demand(self, handler: Callable[[pb.Demand], None]) -> None:
-        """Where Demand goes."""
+        """Where each Demand goes."""
         ...
 
     def on_grants(self, handler: Callable[[pb.Grants], None]) -> None:

@@ -65,6 +65,15 @@ shards must not fill their replica's loop with demands. Larger: slower growth un
 QUIET_GAP = 0.05
 """Seconds until a change of what is *held* alone is said. It only helps others, so it may wait for company."""
 
+COMPANY = 0.5
+"""Share of its pause by which a shard that has nothing to say speaks early when another such one speaks: from then on they speak
+together. Larger: more words than are needed; smaller: two that are half a pause apart never meet, and an idle replica sends a
+message for each of its shards."""
+
+MOST_GROUPS = 1_000
+"""Groups and uses that one message carries before the next shard gets another: some 300 KiB, far below what gRPC takes. Smaller:
+more messages; larger: a big shard's word delays the others'."""
+
 BIND_TIMEOUT = 5.0
 """Seconds for the commit that binds tasks to grants; after that the shard says anew what it wants."""
 
@@ -86,6 +95,8 @@ class _Line:
     """Pause after the next word that nothing is wanted or held."""
     asked: bool = False
     """Something was wanted in the last word."""
+    nothing: bool = False
+    """Neither wanted nor held."""
     waiting: bool = False
     put_off: float = float("inf")
     """Something changed while an answer is awaited: so long after the answer it is said. Infinity: nothing did."""
@@ -108,6 +119,8 @@ class DemandSide:
         self._send = send
         self._pending = pending
         self._lines: dict[str, _Line] = {}
+        self._loaded: dict[str, _Line] = {}
+        """Those in which something may live: all that committed since they were seen empty."""
         self._bell = Bell(clock)
         self._led_by: OwnerInfo | None = None
         self._gap = MIN_GAP
@@ -120,13 +133,14 @@ class DemandSide:
         if shard.id != FLEET:
             self.dropped(shard.id)
             holdings = Holdings(shard, self._view, self._pending)
-            self._lines[shard.id] = _Line(shard, holdings)
+            self._lines[shard.id] = self._loaded[shard.id] = _Line(shard, holdings)
             self._bell.ring()
 
     def committed(self, shard: OwnedShard, outbox: Outbox) -> None:
         """Ready counts changed: say so soon. Else only what is held may have changed."""
         line = self._lines.get(shard.id)
         if line is not None:
+            self._loaded[shard.id] = line
             # What became ready and was placed in one batch (C2) leaves nothing to ask for.
             soon = outbox.demand and (line.asked or line.holdings.wanting())
             after = 0.0 if soon else QUIET_GAP
@@ -138,13 +152,13 @@ class DemandSide:
     def dropped(self, shard: str) -> None:
         """Its new owner speaks for it."""
         line = self._lines.pop(shard, None)
+        self._loaded.pop(shard, None)
         if line is not None and line.binding is not None:
             line.binding.cancel()
 
     def _heard(self, topic: str) -> None:
         if topic == "beats":
-            for line in self._lines.values():
-                line.holdings.reported()
+            self._loaded = {shard: line for shard, line in self._loaded.items() if line.holdings.reported()}
         elif topic == "owners" and self._view.owners.get(FLEET) != self._led_by:
             self._led_by = self._view.owners.get(FLEET)
             for line in self._lines.values():
@@ -162,13 +176,30 @@ class DemandSide:
                     if line.expires <= now:
                         line.expires = float("inf")
                         self._controller.post(line.shard.id, DropGrants(line.term))
-                    if line.binding is None and line.due <= now:
-                        self._say(line, now)
+                self._say_all(now)
                 self._gap = min(max(MIN_GAP, SHARE * (self._clock.boot() - now)), QUIET_GAP)
                 await self._bell.wait(self._sleep(self._clock.boot()))
         finally:
             for shard in list(self._lines):
                 self.dropped(shard)
+
+    def _say_all(self, now: float) -> None:
+        """Every word that is due, in as few messages as may be."""
+        due = [line for line in self._lines.values() if line.binding is None and line.due <= now]
+        if not due:
+            return
+        quiet = any(line.nothing for line in due)
+        message, size = pb.Demands(), 0
+        for line in self._lines.values() if quiet else due:
+            if line.binding is None and line.due <= now + (COMPANY * line.quiet if line.nothing else 0.0):
+                demand = self._word(line, now)
+                more = len(demand.groups) + len(demand.pending)
+                if size and size + more > MOST_GROUPS:
+                    self._send(FLEET, pb.PeerMessage(demands=message))
+                    message, size = pb.Demands(), 0
+                message.shards.append(demand)
+                size += more
+        self._send(FLEET, pb.PeerMessage(demands=message))
 
     def _sleep(self, now: float) -> float:
         """Seconds until something is due."""
@@ -183,20 +214,21 @@ class DemandSide:
             line.due = due
             self._bell.ring()
 
-    def _say(self, line: _Line, now: float) -> None:
+    def _word(self, line: _Line, now: float) -> pb.Demand:
+        """What the shard wants and holds now; it is being said."""
         if line.holdings.permitted():
             # By saying anew what is wanted they are returned (C2): the next ready task must not find them.
             self._controller.post(line.shard.id, DropGrants(line.term))
             line.expires = float("inf")
         lines = [entry for entry in line.holdings.demand(self._clock.wall()) if entry.count > 0]
         uses = line.holdings.uses()
-        nothing = not lines and not uses
-        line.due = now + (LEVEL if lines else line.quiet if nothing else HELD_LEVEL)
-        line.quiet = min(2 * line.quiet, QUIET_MOST) if nothing else QUIET_LEVEL
+        line.nothing = not lines and not uses
+        line.due = now + (LEVEL if lines else line.quiet if line.nothing else HELD_LEVEL)
+        line.quiet = min(2 * line.quiet, QUIET_MOST) if line.nothing else QUIET_LEVEL
         line.seq += 1
         line.sent, line.waiting, line.spent, line.asked = now, bool(lines), False, bool(lines)
         line.put_off = float("inf")
-        message = pb.Demand(
+        return pb.Demand(
             shard=line.shard.id,
             epoch=line.shard.epoch_revision,
             seq=line.seq,
@@ -227,7 +259,6 @@ class DemandSide:
                 for view in line.holdings.terms()
             ],
         )
-        self._send(FLEET, pb.PeerMessage(demand=message))
 
     # -- taking -------------------------------------------------------------------------------------------------------
 

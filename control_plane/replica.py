@@ -17,6 +17,7 @@ from functools import partial
 from baton.clock import Clock, Entropy
 from baton.internal import peer_pb2
 from baton.leases import PROFILES, LeaseValues
+from baton.time_limits import time_limit
 from baton.v1 import agent_pb2
 from control_plane.aftermath import Aftermath
 from control_plane.archiver import Archiver, Translator
@@ -182,7 +183,7 @@ class Replica:
         if self._loops is not None and not self._loops.done():
             self.sessions.drain()
             try:
-                async with asyncio.timeout(LEAVE_SECONDS):
+                async with time_limit(LEAVE_SECONDS):
                     await self.ownership.leave()
             except TimeoutError:
                 log.warning("shards could not be handed over in time; the lease is left to expire")

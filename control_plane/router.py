@@ -43,7 +43,7 @@ class Router:
         peers.on_break(calls.broken)
 
     def on_demand(self, handler: DemandHandler) -> None:
-        """Where Demand goes (the scheduler leader's side)."""
+        """Where each Demand goes (the scheduler leader's side)."""
         self._demand = handler
 
     def on_grants(self, handler: GrantsHandler) -> None:
@@ -122,7 +122,8 @@ class Router:
             self._up(replica, message.from_cluster)
         elif kind == "to_cluster" and self._down is not None:
             self._down(message.to_cluster)
-        elif kind == "demand" and self._demand is not None:
-            self._demand(message.demand)
+        elif kind == "demands" and self._demand is not None:
+            for demand in message.demands.shards:
+                self._demand(demand)
         elif kind == "grants" and self._grants is not None:
             self._grants(message.grants)

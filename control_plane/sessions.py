@@ -24,6 +24,7 @@ from typing import Any
 from baton.clock import Clock, Entropy
 from baton.internal import peer_pb2 as peer
 from baton.leases import LeaseValues
+from baton.time_limits import time_limit
 from baton.v1 import agent_pb2 as pb
 from control_plane.core.commands import OpenSession, Refused, SessionGrant
 from control_plane.core.model import FLEET, RUN_SHARDS
@@ -117,7 +118,7 @@ class Sessions:
 
     async def _open(self, stream: AgentStream) -> Session:
         """1 Hello; 2 identity; 3 J12 marks; 4 generation from fleet; 5 claim the session key; 6 Welcome; 7 inventories."""
-        async with asyncio.timeout(HELLO_WAIT):
+        async with time_limit(HELLO_WAIT):
             first = await stream.receive()
         if first.WhichOneof("message") != "hello":
             raise Refuse("INVALID_ARGUMENT", "the first message of a session must be hello", 10.0)

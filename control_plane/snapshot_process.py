@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from baton.time_limits import time_limit
 from control_plane.refusals import Corrupt, TooNew
 from control_plane.snapshots import Job, Report, Superseded
 from control_plane.store.base import Unavailable
@@ -67,7 +68,7 @@ class HelperProcess:
     async def snapshot(self, job: Job) -> Report:
         """See `Snapshotter.snapshot`. One at a time."""
         try:
-            async with asyncio.timeout(JOB_SECONDS):
+            async with time_limit(JOB_SECONDS):
                 return parse_answer(await self._ask(describe(job)))
         except TimeoutError:
             await self.close()
@@ -84,7 +85,7 @@ class HelperProcess:
         if process.stdin is not None:
             process.stdin.close()
         try:
-            async with asyncio.timeout(STOP_SECONDS):
+            async with time_limit(STOP_SECONDS):
                 await process.wait()
         except TimeoutError:
             process.kill()

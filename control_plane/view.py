@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from baton.clock import Clock
+from baton.time_limits import time_limit
 from baton.v1 import agent_pb2
 from control_plane.core.model import FleetTable
 from control_plane.fleet_keys import SessionInfo, decode_session, decode_table
@@ -118,7 +119,7 @@ class View:
         while True:
             try:
                 await self._list(feed)
-                async with asyncio.timeout(REFRESH):
+                async with time_limit(REFRESH):
                     await self._watch(feed)
             except TimeoutError:
                 continue

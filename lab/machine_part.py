@@ -14,6 +14,7 @@ import subprocess
 from contextlib import suppress
 
 from baton.clock import Entropy
+from baton.time_limits import time_limit
 from lab import processes
 from lab.layout import Layout, Settings
 from lab.links import Links
@@ -77,7 +78,7 @@ class Cluster:
         self._machine = processes.spawn(machine, self._layout.log(self.name), piped=True)
         self._listen(self._machine)
         try:
-            async with asyncio.timeout(START_SECONDS), self._heard:
+            async with time_limit(START_SECONDS), self._heard:
                 await self._heard.wait_for(lambda: self._agent or not self.powered)
         except TimeoutError:
             pass
@@ -111,7 +112,7 @@ class Cluster:
             return
         if agent_only:
             await self._order("kill")
-            async with asyncio.timeout(ORDER_SECONDS), self._heard:
+            async with time_limit(ORDER_SECONDS), self._heard:
                 await self._heard.wait_for(lambda: not self._agent)
             self._frozen = False
             return
@@ -149,7 +150,7 @@ class Cluster:
         number = self._ordered
         try:
             machine.stdin.write(f"{word}\n".encode())
-            async with asyncio.timeout(ORDER_SECONDS), self._heard:
+            async with time_limit(ORDER_SECONDS), self._heard:
                 await self._heard.wait_for(lambda: self._obeyed >= number)
         except (OSError, TimeoutError) as error:
             raise PartFailed(f"{self.name} does not obey: {word}") from error

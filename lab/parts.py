@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
+from baton.time_limits import time_limit
 from lab import processes
 from lab.etcd_binary import EtcdBinary
 from lab.etcd_server import EtcdServer
@@ -173,7 +174,7 @@ class Replica:
         self._frozen = False
         self._process = processes.spawn(self._command(), self._layout.log(self.name))
         try:
-            async with asyncio.timeout(START_SECONDS):
+            async with time_limit(START_SECONDS):
                 while not (said := port_file.read_text().strip() if port_file.exists() else ""):
                     if self._process.poll() is not None:
                         raise self._failure("ended at start")

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from baton.clock import SystemClock
+from baton.time_limits import time_limit
 
 PIECE_BYTES = 1 << 16
 """Bytes moved at a time; smaller costs more turns of the loop, larger more memory per connection."""
@@ -150,7 +151,7 @@ class Proxy:
         target = self._target()
         if target is None:
             return
-        async with asyncio.timeout(CONNECT_SECONDS):
+        async with time_limit(CONNECT_SECONDS):
             far_reader, far_writer = await asyncio.open_connection(*target)
         connection.writers.append(far_writer)
         pumps = [

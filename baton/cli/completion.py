@@ -20,6 +20,7 @@ from baton.cli import session
 from baton.client import AsyncClient
 from baton.contexts import Context
 from baton.errors import BatonError
+from baton.time_limits import time_limit
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -78,7 +79,7 @@ def _known(names: Names, ctx: click.Context, typed: str) -> list[str]:
         )
         found: list[str] = []
         patience = float(os.environ.get(PATIENCE_VARIABLE) or PATIENCE_SECONDS)
-        async with session.open_client(to) as client, asyncio.timeout(patience):
+        async with session.open_client(to) as client, time_limit(patience):
             async for name in names(client, to, typed):
                 if name.startswith(typed):
                     found.append(name)

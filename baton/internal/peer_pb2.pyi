@@ -396,6 +396,30 @@ class Demand(_message.Message):
 Global___Demand: _TypeAlias = Demand  # noqa: Y015
 
 @_typing.final
+class Demands(_message.Message):
+    """What several shards of one owner want: those that speak at one moment go together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___Demand]:
+        """One for each shard."""
+
+    def __init__(
+        self,
+        *,
+        shards: _abc.Iterable[Global___Demand] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shards", b"shards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Demands: _TypeAlias = Demands  # noqa: Y015
+
+@_typing.final
 class Grant(_message.Message):
     """Permission to place `count` attempts of a group on a cluster (PROTOCOL C1)."""
 
@@ -518,7 +542,7 @@ class PeerMessage(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     TO_CLUSTER_FIELD_NUMBER: _builtins.int
     FROM_CLUSTER_FIELD_NUMBER: _builtins.int
-    DEMAND_FIELD_NUMBER: _builtins.int
+    DEMANDS_FIELD_NUMBER: _builtins.int
     GRANTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def call(self) -> Global___PeerCall:
@@ -541,8 +565,8 @@ class PeerMessage(_message.Message):
         """From an agent."""
 
     @_builtins.property
-    def demand(self) -> Global___Demand:
-        """What a shard wants."""
+    def demands(self) -> Global___Demands:
+        """What shards want."""
 
     @_builtins.property
     def grants(self) -> Global___Grants:
@@ -556,14 +580,14 @@ class PeerMessage(_message.Message):
         cancel: Global___PeerCancel | None = ...,
         to_cluster: Global___ToCluster | None = ...,
         from_cluster: Global___FromCluster | None = ...,
-        demand: Global___Demand | None = ...,
+        demands: Global___Demands | None = ...,
         grants: Global___Grants | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "cancel", b"cancel", "demand", b"demand", "from_cluster", b"from_cluster", "grants", b"grants", "message", b"message", "reply", b"reply", "to_cluster", b"to_cluster"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "cancel", b"cancel", "demands", b"demands", "from_cluster", b"from_cluster", "grants", b"grants", "message", b"message", "reply", b"reply", "to_cluster", b"to_cluster"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "cancel", b"cancel", "demand", b"demand", "from_cluster", b"from_cluster", "grants", b"grants", "message", b"message", "reply", b"reply", "to_cluster", b"to_cluster"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "cancel", b"cancel", "demands", b"demands", "from_cluster", b"from_cluster", "grants", b"grants", "message", b"message", "reply", b"reply", "to_cluster", b"to_cluster"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["call", "reply", "cancel", "to_cluster", "from_cluster", "demand", "grants"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["call", "reply", "cancel", "to_cluster", "from_cluster", "demands", "grants"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import cluster_agent
 from baton.clock import Clock
+from baton.time_limits import time_limit
 from cluster_agent.executors.base import (
     AttemptKey,
     CensusEntry,
@@ -107,7 +108,7 @@ class ProcessExecutor:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         place = SocketDirectory(self._directory)
         try:
-            async with asyncio.timeout(CONNECT_SECONDS):
+            async with time_limit(CONNECT_SECONDS):
                 reader, writer, greeting = await self._meet(place.address)
         finally:
             place.close()
@@ -207,7 +208,7 @@ class ProcessExecutor:
         number = self._read_id
         try:
             await self._ask({"op": "log", "id": number, "key": key.text(), "offset": offset, "limit": limit})
-            async with asyncio.timeout(CALL_SECONDS):
+            async with time_limit(CALL_SECONDS):
                 return await answer
         finally:
             self._reads.pop(number, None)
@@ -365,5 +366,5 @@ class ProcessExecutor:
         if self._writer is None:
             raise ConnectionError("not connected to a guard")
         self._writer.write(self._forgetting() + encode(message))
-        async with asyncio.timeout(CALL_SECONDS):
+        async with time_limit(CALL_SECONDS):
             await self._writer.drain()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from baton.clock import Clock, Entropy
+from baton.time_limits import time_limit
 from control_plane.artifacts.base import (
     LIST_LIMIT,
     MAX_OBJECT_BYTES,
@@ -94,7 +95,7 @@ class DirectoryStore:
     async def _do(self, work: Callable[[], T], timeout: float) -> T:
         """`work` in a thread. Raises ObjectStoreError."""
         try:
-            async with asyncio.timeout(timeout):
+            async with time_limit(timeout):
                 await self._free.acquire()
                 return await asyncio.wrap_future(self._begin(work))
         except TimeoutError:

@@ -46,6 +46,7 @@ from baton.errors import (
     StoreUnavailable,
     TimedOut,
 )
+from baton.time_limits import time_limit
 from control_plane.artifacts import traffic
 from control_plane.artifacts.base import (
     ObjectStore,
@@ -313,7 +314,7 @@ class Gateway:
     async def _transfer(self, way: str) -> AsyncGenerator[_Place, None]:
         """A place among the transfers under way."""
         try:
-            async with asyncio.timeout(QUEUE_SECONDS):
+            async with time_limit(QUEUE_SECONDS):
                 await self._transfers.acquire()
         except TimeoutError:
             self.traffic.failed(traffic.BUSY)
@@ -336,7 +337,7 @@ class Gateway:
     async def _next(self, chunks: AsyncIterator[Chunk]) -> Chunk | None:
         """The next chunk of an uploader; None at the end. Raises TimedOut."""
         try:
-            async with asyncio.timeout(STALL_SECONDS):
+            async with time_limit(STALL_SECONDS):
                 return await anext(chunks, None)
         except TimeoutError:
             self.traffic.failed(traffic.STALLED)

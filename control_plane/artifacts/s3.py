@@ -8,7 +8,6 @@ is logged. What an error means is read from its kind, and from S3's code in its 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -17,6 +16,7 @@ import obstore
 from obstore import exceptions
 from obstore.store import S3Store as Client
 
+from baton.time_limits import time_limit
 from control_plane.artifacts.address import S3Address
 from control_plane.artifacts.base import (
     LIST_LIMIT,
@@ -149,7 +149,7 @@ class S3Store:
     async def _do(self, request: Callable[[], Awaitable[T]], timeout: float) -> T:
         """One request. Raises ObjectStoreError."""
         try:
-            async with asyncio.timeout(timeout):
+            async with time_limit(timeout):
                 return await request()
         except TimeoutError:
             raise ObjectStoreDown(f"{self.name} did not answer within {timeout:g} s") from None

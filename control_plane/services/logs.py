@@ -19,6 +19,7 @@ from typing import Any
 from baton import names
 from baton.errors import BatonError, NotFound
 from baton.telemetry.logs import about
+from baton.time_limits import time_limit
 from baton.v1 import agent_pb2, run_pb2
 from control_plane.core.model import AttemptState, TaskState
 from control_plane.core.shard import RunShard
@@ -154,7 +155,7 @@ class Logs:
         self._desk.router.to_cluster(replica, place.cluster, "", agent_pb2.SessionResponse(log_request=ask))
         try:
             while True:
-                async with asyncio.timeout(ANSWER_SECONDS):
+                async with time_limit(ANSWER_SECONDS):
                     chunk = await chunks.get()
                 yield chunk
                 if chunk.end:

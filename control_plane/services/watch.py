@@ -16,6 +16,7 @@ from functools import partial
 
 from baton import names
 from baton.errors import WatchCompacted
+from baton.time_limits import time_limit
 from baton.v1 import run_pb2
 from control_plane.controller import OwnedShard
 from control_plane.core.commands import Outbox
@@ -214,7 +215,7 @@ def _check_number(after: int, newest: int) -> None:
 async def _wait(event: asyncio.Event, seconds: float) -> None:
     """Until `event`, at most `seconds`."""
     try:
-        async with asyncio.timeout(seconds):
+        async with time_limit(seconds):
             await event.wait()
     except TimeoutError:
         pass

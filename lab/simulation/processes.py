@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baton.leases import LeaseValues
+from baton.time_limits import time_limit
 from cluster_agent.agent import Agent
 from cluster_agent.config import AgentConfig
 from cluster_agent.core.capacity import NodeSpec
@@ -211,7 +212,7 @@ class ReplicaProcess:
             links.deliver(self.name, "client", partial(arrived.put_nowait, end))
 
         links.deliver_alone("client", self.name, lambda: node.spawn(serve()))
-        async with asyncio.timeout(timeout):
+        async with time_limit(timeout):
             while (payload := await arrived.get()) is not None:
                 if isinstance(payload, Exception):
                     raise payload
@@ -235,7 +236,7 @@ class ReplicaProcess:
                 links.deliver_alone(self.name, "client", partial(_answer, answer, error))
 
         links.deliver_alone("client", self.name, lambda: node.spawn(serve()))
-        async with asyncio.timeout(timeout):
+        async with time_limit(timeout):
             return await answer
 
 

@@ -17,6 +17,7 @@ import pytest
 from baton.artifacts import CHUNK_BYTES, Chunk, attempt_folder, manifest_of, pack, read_chunks, unpack_listed
 from baton.clock import SystemClock, SystemEntropy
 from baton.errors import BatonError, Internal, InvalidField, LimitExceeded, NameTaken, StoreUnavailable, WrongState
+from baton.time_limits import time_limit
 from control_plane.artifacts.address import S3Address
 from control_plane.artifacts.base import (
     LIST_LIMIT,
@@ -218,7 +219,7 @@ async def test_a_killed_upload_leaves_nothing_visible_and_is_swept(gateway: Gate
     known.clear()
     assert await Sweeper(store, CLOCK, runs, lambda: True, unrestored).sweep() == 0, "it is too young"
     assert await sweeper.sweep() == 1
-    async with asyncio.timeout(T):
+    async with time_limit(T):
         while await store.page(
             "default/", timeout=T
         ):  # a chunk that was on its way when the upload died: the next round's

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from baton.time_limits import time_limit
 from cluster_agent.carrying.port import CarrierDown, CarrierFull, NotConfigured
 from cluster_agent.core.model import ArtifactSource
 from cluster_agent.executors.base import AttemptKey, Cause, Phase, Refused, Saved, Started, Stopped
@@ -39,7 +40,7 @@ async def agent(world: CarryingWorld) -> AsyncIterator[Agent]:
 
 
 async def eventually(see: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with time_limit(20):
         while not see():  # noqa: ASYNC110 - what is waited for is on a disk, or in another process
             await asyncio.sleep(0.01)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from baton.time_limits import time_limit
 from cluster_agent.executors.base import (
     AttemptKey,
     Cause,
@@ -80,7 +81,7 @@ class Agent:
             events = [event for event in self.told if isinstance(event, kind)]
             return events if not keys else [e for key in keys for e in events if getattr(e, "key", None) == key]
 
-        async with asyncio.timeout(20):
+        async with time_limit(20):
             events = self.executor.events()
             while len(found()) < max(1, len(keys)):
                 self.told.extend(await anext(events))
@@ -221,7 +222,7 @@ async def test_a_workload_that_ignores_term_is_killed_after_the_grace_period(
     key = new_key()
     await agent.executor.start([world.request(key, "--ignore-term", "--output", "deaf", "--seconds", "60")])
     await agent.until(Started, key)
-    async with asyncio.timeout(20):  # it says so once it is
+    async with time_limit(20):  # it says so once it is
         while (await agent.executor.read_log(key, 0, 100))[0] != b"deaf":
             await world.clock.sleep(0.02)
     await agent.executor.stop([key], grace_seconds=0.3)
@@ -323,7 +324,7 @@ async def test_work_outlives_its_agent_and_is_found_by_the_next(world: ExecutorW
     await agent.until(Started, running, ended)
     await agent.executor.close()
     second = await Agent(world.executor()).connect()
-    async with asyncio.timeout(20):
+    async with time_limit(20):
         while second.census[ended].phase is not Phase.EXITED:
             await second.executor.close()
             await world.clock.sleep(0.1)
@@ -345,7 +346,7 @@ async def test_work_outlives_its_agent_and_is_found_by_the_next(world: ExecutorW
 async def test_a_new_connection_ends_the_old_one(world: ExecutorWorld, agent: Agent) -> None:
     """G3: nothing of the old agent is heard any more; its events end, its calls fail."""
     second = await Agent(world.executor()).connect()
-    async with asyncio.timeout(10):
+    async with time_limit(10):
         assert [batch async for batch in agent.executor.events()] == []
     with pytest.raises(ConnectionError):
         await agent.executor.renew(1, world.clock.boot())
@@ -427,7 +428,7 @@ async def test_a_frozen_guard_gives_no_sign_of_life_and_says_late_when_it_wakes(
     exited = await agent.exit_of(key)
     assert (exited.cause, exited.late) == (Cause.FENCE, True)
     await agent.until(Refused, queued)
-    async with asyncio.timeout(20):
+    async with time_limit(20):
         while agent.executor.ticked_at() <= thawed:
             await world.clock.sleep(0.05)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from baton.time_limits import time_limit
 from cluster_agent.executors.base import (
     AttemptKey,
     Cause,
@@ -434,7 +435,7 @@ async def test_damaged_code_closes_the_connection_and_missing_code_is_refused(
     assert "did not arrive" in refused.reason
     damaged = {"op": "code", "sha256": "0" * 64, "zip": base64.b64encode(ZIP).decode()}
     await agent.executor._ask(damaged)  # type: ignore[attr-defined]
-    async with asyncio.timeout(10):
+    async with time_limit(10):
         async for _ in agent.executor.events():
             pass
 
@@ -460,7 +461,7 @@ WHEEL = {
 
 async def installed(world: ProcessWorld, agent: Agent, key: AttemptKey) -> Exited:
     """How an attempt ended whose environment had to be made: seconds on a quiet machine, far more on a busy one."""
-    async with asyncio.timeout(150):
+    async with time_limit(150):
         while True:
             await agent.executor.renew(1, world.clock.boot())
             try:
@@ -517,7 +518,7 @@ async def test_a_task_that_no_worker_can_be_given_leaves_no_worker(world: Proces
     await agent.executor.start([dataclasses.replace(request, env={"BATON_LONG": "x" * 1_000_000})])
     exited = await agent.exit_of(key)
     assert exited.cause is Cause.SPAWN
-    async with asyncio.timeout(20):  # the guard's janitor is a child, too, for a moment
+    async with time_limit(20):  # the guard's janitor is a child, too, for a moment
         while proctree.descendants(world.guard_pid, proctree.everything()):  # noqa: ASYNC110 - /proc tells nobody
             await asyncio.sleep(0.02)
     assert await value(agent, call("add", 1)) == 1

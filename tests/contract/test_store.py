@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from baton.clock import SystemClock
+from baton.time_limits import time_limit
 from control_plane.store.base import (
     MAX_REQUEST_BYTES,
     MAX_TXN_OPS,
@@ -51,7 +52,7 @@ async def value(store: Store, key: str) -> bytes | None:
 async def events(watch: AsyncIterator[WatchBatch], count: int) -> list[WatchEvent]:
     """The next `count` events; fails if they do not come."""
     found: list[WatchEvent] = []
-    async with asyncio.timeout(20):
+    async with time_limit(20):
         while len(found) < count:
             found.extend((await anext(watch)).events)
     return found
@@ -344,7 +345,7 @@ async def test_a_batch_holds_whole_revisions(store: Store) -> None:
     written = [(await run(store, *(Put(f"w/{n}", bytes(5)) for n in range(20)))).revision for _ in range(10)]
     watch = store.watch("w/", from_revision=revision)
     seen: list[int] = []
-    async with asyncio.timeout(20):
+    async with time_limit(20):
         while len(seen) < 200:
             batch = await anext(watch)
             revisions = [event.kv.mod_revision for event in batch.events]
@@ -513,7 +514,7 @@ async def _until_written(store: Store, key: str, new: bytes) -> None:
     """Write once, whatever it takes: a condition makes the copies harmless (PROTOCOL J5)."""
     before, _ = await store.get(key, timeout=T)
     assert before is not None
-    async with asyncio.timeout(T):
+    async with time_limit(T):
         while True:
             try:
                 await run(store, Put(key, new), when=[Compare.unchanged(key, before.mod_revision)])

@@ -12,6 +12,7 @@ import pytest
 import trustme
 
 from baton.clock import SystemClock
+from baton.time_limits import time_limit
 from control_plane.store.base import (
     Ambiguous,
     Compare,
@@ -103,7 +104,7 @@ async def store(etcd_server: EtcdServer) -> AsyncIterator[EtcdStore]:
 
 async def take(watch: AsyncIterator[WatchBatch], count: int) -> list[bytes]:
     found: list[bytes] = []
-    async with asyncio.timeout(20):
+    async with time_limit(20):
         while len(found) < count:
             found += [event.kv.value for event in (await anext(watch)).events]
     return found
@@ -208,7 +209,7 @@ async def test_an_idle_watch_reports_progress(store: EtcdStore) -> None:
     now = await store.txn(Txn((), (Put("w", b"1"),)), timeout=T)
     watch = store.watch("w", from_revision=now.revision + 1)
     other = await store.txn(Txn((), (Put("elsewhere", b"1"),)), timeout=T)
-    async with asyncio.timeout(T):
+    async with time_limit(T):
         batch = await anext(watch)
     assert batch.events == ()
     assert batch.revision >= other.revision

@@ -31,6 +31,7 @@ from typing import Any, TypeVar, overload
 
 from baton.client import AsyncClient
 from baton.clock import SystemClock
+from baton.time_limits import time_limit
 from baton.v1 import cluster_pb2, graph_pb2, run_pb2
 from cluster_agent.guard import proctree
 from control_plane.store.versions import Support
@@ -223,7 +224,7 @@ class Fed:
     async def accepted_once(self, run: str, *, patience: float = SOON) -> dict[str, run_pb2.TaskStatus]:
         """Wait for the end of a run; it must be a success with exactly one accepted result for each task, which is the
         task's own. Returns the tasks."""
-        async with asyncio.timeout(patience):
+        async with time_limit(patience):
             ended = await self.client.wait_run(run, patience=patience)
         assert ended.state == SUCCEEDED, ended
         tasks = await self.tasks(run)
@@ -330,7 +331,7 @@ class Watcher:
 
     async def ended(self, seconds: float = SOON) -> run_pb2.Run:
         """Wait until the watch ends with the run; its events must be all, once, in order. Returns the final run."""
-        async with asyncio.timeout(seconds):
+        async with time_limit(seconds):
             last = await self._task
         assert last is not None
         assert self.numbers == list(range(1, last.event_number + 1)), f"a gap or a repeat: {self.numbers}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
+from baton.time_limits import time_limit
 from bench.artifacts import transfer
 from lab import processes
 from lab.etcd_server import EtcdServer
@@ -33,7 +34,7 @@ async def replica(folder: Path, etcd: EtcdServer, where: str) -> AsyncIterator[t
     flags += ["--etcd", etcd.endpoint, "--allow-unsafe-etcd", "--artifacts", where]
     child = processes.spawn(processes.python("control_plane", *flags), folder / "log")
     try:
-        async with asyncio.timeout(SOON):
+        async with time_limit(SOON):
             while not (port_file.exists() and port_file.read_text()):
                 assert child.poll() is None, (folder / "log").read_text()
                 await asyncio.sleep(0.05)

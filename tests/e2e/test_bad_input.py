@@ -20,6 +20,7 @@ from baton import requestid
 from baton.client_call import error_of
 from baton.clock import SystemEntropy
 from baton.errors import BatonError
+from baton.time_limits import time_limit
 from baton.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -355,7 +356,7 @@ async def test_bytes_that_are_not_even_http_end_a_connection_and_nothing_else(fe
         host, port = fed.lab.endpoints[0].rsplit(":", 1)
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(garbage)
-        async with asyncio.timeout(SECONDS):
+        async with time_limit(SECONDS):
             while await reader.read(65_536):
                 pass
         writer.close()

@@ -22,6 +22,7 @@ import pytest
 from baton.client import AsyncClient, Tls
 from baton.clock import SystemClock
 from baton.errors import Unreachable
+from baton.time_limits import time_limit
 from baton.v1 import agent_pb2 as pb
 from baton.v1 import agent_pb2_grpc, cluster_pb2, graph_pb2, run_pb2
 from control_plane.config import TlsPaths
@@ -172,7 +173,7 @@ async def secured(children: Children, etcd: EtcdServer, tmp_path: Path) -> Secur
     await until(lambda: port_file.exists() or process.poll() is not None, "the replica to listen")
     assert process.poll() is None, children.log("r1").read_text()
     found = Secured(port, authority, children, tmp_path)
-    async with asyncio.timeout(SOON), found.person() as client:
+    async with time_limit(SOON), found.person() as client:
         while not all(shard.replica for shard in (await client.list_shards()).shards):  # noqa: ASYNC110 - others decide
             await asyncio.sleep(0.05)
     return found
@@ -236,7 +237,7 @@ class RawAgent:
 
     async def hear(self, kind: str) -> pb.SessionResponse:
         """The next message of that kind; others are passed over."""
-        async with asyncio.timeout(SOON):
+        async with time_limit(SOON):
             while True:
                 answer = await self._stream.read()
                 assert isinstance(answer, pb.SessionResponse), f"{self.cluster}: the stream ended before {kind}"

@@ -6,7 +6,6 @@ test's directory in its environment.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from baton.clock import SystemClock
+from baton.time_limits import time_limit
 from cluster_agent.executors.base import AttemptKey, CensusEntry, ExecutorEvent, Exited, StartRequest
 from cluster_agent.executors.process import ProcessExecutor
 from tests.contract.executor_worlds import end_guards
@@ -39,7 +39,7 @@ def processes_with(mark: str) -> set[int]:
 
 async def eventually(condition: Callable[[], bool], seconds: float = 15.0) -> None:
     """Wait until it holds."""
-    async with asyncio.timeout(seconds):
+    async with time_limit(seconds):
         clock = SystemClock()
         while not condition():
             await clock.sleep(0.02)
@@ -89,7 +89,7 @@ class Bench:
 
     async def until(self, executor: ProcessExecutor, kind: type, key: AttemptKey) -> ExecutorEvent:
         """The first event of this kind for this key."""
-        async with asyncio.timeout(25):
+        async with time_limit(25):
             events = executor.events()
             while True:
                 for event in self.told:

@@ -14,6 +14,7 @@ import grpc.aio
 from baton import requestid
 from baton.client import AsyncClient
 from baton.clock import SystemClock, SystemEntropy
+from baton.time_limits import time_limit
 from baton.v1 import admin_pb2_grpc, cluster_pb2_grpc, graph_pb2, graph_pb2_grpc, run_pb2, run_pb2_grpc
 from control_plane.core.model import ALL_SHARDS
 from control_plane.history import MemoryHistory
@@ -67,7 +68,7 @@ class Rig:
         replica = Replica(Identity(name, server.address), parts)
         await replica.start()
         await server.start(replica)
-        async with asyncio.timeout(20):
+        async with time_limit(20):
             await replica.ready()
         await server.serving()
         node = Node(replica, server, grpc.aio.insecure_channel(server.address))
@@ -107,7 +108,7 @@ async def client(*nodes: Node) -> AsyncIterator[AsyncClient]:
 
 
 async def until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
-    async with asyncio.timeout(seconds):
+    async with time_limit(seconds):
         while not holds():  # noqa: ASYNC110 - nobody would set an event for a test
             await asyncio.sleep(0.02)
 

@@ -16,6 +16,7 @@ import pytest
 
 from baton.clock import SystemClock
 from baton.leases import PROFILES, to_millis
+from baton.time_limits import time_limit
 from baton.v1 import agent_pb2, agent_pb2_grpc, graph_pb2
 from cluster_agent.transport import TransportClosed
 from cluster_agent.transport_grpc import GrpcTransport
@@ -59,7 +60,7 @@ class Server(agent_pb2_grpc.AgentServiceServicer):
                 self.changed.notify_all()
 
     async def hear(self, test: Callable[[agent_pb2.SessionRequest], bool]) -> agent_pb2.SessionRequest:
-        async with asyncio.timeout(WAIT), self.changed:
+        async with time_limit(WAIT), self.changed:
             await self.changed.wait_for(lambda: any(test(message) for message in self.heard))
         return next(message for message in self.heard if test(message))
 
@@ -131,7 +132,7 @@ async def test_a_real_task_through_a_real_agent(served: tuple[Server, str], agen
     service.down.put_nowait(agent_pb2.SessionResponse(report_acks=acks))
     agent.send_signal(signal.SIGTERM)
     await service.hear(lambda message: message.HasField("goodbye"))
-    async with asyncio.timeout(WAIT):
+    async with time_limit(WAIT):
         _, errors = await agent.communicate()
     assert agent.returncode == 0, errors.decode()
     lines = [json.loads(line) for line in errors.decode().splitlines()]

@@ -12,6 +12,7 @@ import pytest
 
 from baton.clock import SystemClock, SystemEntropy
 from baton.leases import PROFILES, LeaseValues, check, to_millis
+from baton.time_limits import time_limit
 from baton.v1 import agent_pb2, graph_pb2
 from cluster_agent.agent import Agent
 from cluster_agent.config import AgentConfig
@@ -67,7 +68,7 @@ class ScriptedStream:
 
     async def hear(self, test: Callable[[agent_pb2.SessionRequest], bool]) -> agent_pb2.SessionRequest:
         """The first message that passes, waiting for it."""
-        async with asyncio.timeout(WAIT):
+        async with time_limit(WAIT):
             while True:
                 for message in self.heard:
                     if test(message):
@@ -121,7 +122,7 @@ class ScriptedTransport:
 
     async def accept(self, generation: int = 1, *, resumed: bool = False) -> ScriptedStream:
         """The next stream, welcomed."""
-        async with asyncio.timeout(WAIT):
+        async with time_limit(WAIT):
             stream = await self.streams.get()
         await stream.hear(lambda message: message.HasField("hello"))
         stream.welcome(generation, resumed=resumed)
@@ -159,7 +160,7 @@ class Site:
             yield agent
         finally:
             agent.stop()
-            async with asyncio.timeout(WAIT):
+            async with time_limit(WAIT):
                 await running
 
 
@@ -187,7 +188,7 @@ def acks(*tasks: int) -> agent_pb2.ReportAcks:
 
 
 async def eventually(test: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT):
+    async with time_limit(WAIT):
         while not test():  # noqa: ASYNC110 - what is looked at has no event of its own
             await asyncio.sleep(0.01)
 
@@ -212,7 +213,7 @@ async def test_a_task_from_dispatch_to_acknowledged_report(site: Site) -> None:
 
 async def test_f3_nothing_starts_without_an_acknowledged_heartbeat(site: Site) -> None:
     async with site.agent():
-        async with asyncio.timeout(WAIT):
+        async with time_limit(WAIT):
             stream = await site.transport.streams.get()
         stream.answering = False
         stream.welcome()
@@ -354,7 +355,7 @@ async def test_a_full_disk_stops_new_work_but_not_reports(site: Site) -> None:
         await asyncio.sleep(0.3)
         assert site.host.living() == []
         site.disk.capacity = None
-        async with asyncio.timeout(WAIT):
+        async with time_limit(WAIT):
             while not site.host.living():  # J7: the owner sends again until it is receipted
                 stream.dispatch(1, "fake", "--seconds", "30", number=2)
                 await asyncio.sleep(0.2)
@@ -389,7 +390,7 @@ async def test_a_refusal_ends_the_stream_and_the_agent_comes_back(site: Site, re
 
 async def test_f5_unsafe_timing_is_not_accepted(site: Site) -> None:
     async with site.agent():
-        async with asyncio.timeout(WAIT):
+        async with time_limit(WAIT):
             stream = await site.transport.streams.get()
         await stream.hear(lambda message: message.HasField("hello"))
         unsafe = agent_pb2.LeaseValues(**to_millis(replace(LEASE, lost=0.1)))  # type: ignore[arg-type]

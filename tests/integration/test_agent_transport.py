@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
 
+from baton.time_limits import time_limit
 from baton.v1 import agent_pb2
 from cluster_agent.transport_grpc import GrpcTransport
 from lab.proxy import Proxy
@@ -46,7 +46,7 @@ async def way() -> AsyncIterator[Proxy]:
 
 async def greet(stream: Any) -> None:
     await stream.send([agent_pb2.SessionRequest(hello=agent_pb2.Hello())])
-    async with asyncio.timeout(SOON):
+    async with time_limit(SOON):
         assert (await stream.receive())[0].HasField("welcome")
 
 
@@ -56,14 +56,14 @@ async def test_a_stream_after_a_half_open_one_uses_another_connection(way: Proxy
     transport = GrpcTransport([way.address])
     endpoint, beside = transport.open(0)  # as the carrier of artifacts does it
     assert endpoint == way.address
-    async with asyncio.timeout(SOON):
+    async with time_limit(SOON):
         await beside.channel_ready()
     stream = await transport.connect()
     await greet(stream)
     way.strand()
     await stream.send([agent_pb2.SessionRequest(hello=agent_pb2.Hello())])
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.3):
+        async with time_limit(0.3):
             await stream.receive()
     await stream.close()
     fresh = await transport.connect()

@@ -17,6 +17,7 @@ import pytest
 
 from baton.artifacts import CHUNK_BYTES, manifest_of
 from baton.clock import SystemClock
+from baton.time_limits import time_limit
 from cluster_agent.carrier_grpc import GrpcCarrier
 from cluster_agent.carrying.courier import Courier, Undeliverable
 from cluster_agent.carrying.port import (
@@ -111,7 +112,7 @@ async def test_a_store_that_is_away_is_given_up_however_large_the_artifact(tmp_p
         shutil.rmtree(tmp_path / "objects")
         (tmp_path / "objects").touch()
         courier = Courier(carrier, SystemClock(), Tally(), patience=1.0)
-        async with asyncio.timeout(60):
+        async with time_limit(60):
             with pytest.raises(
                 Undeliverable, match="artifact model could not be stored: artifact store unreachable for 1 s"
             ):
@@ -125,7 +126,7 @@ async def test_a_channel_that_is_given_up_ends_no_other_transfer_for_good(tmp_pa
         with os.fdopen(read, "rb") as file:
             upload = asyncio.create_task(carrier.put(MAKER, "model", file))
             await asyncio.to_thread(os.write, write, content(CHUNK_BYTES))
-            async with asyncio.timeout(20):
+            async with time_limit(20):
                 while not list((tmp_path / "objects").rglob("000000-*")):  # noqa: ASYNC110 - of another process, in effect
                     await asyncio.sleep(0.01)
             await carrier.close()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from baton import contexts, errors
+from baton.time_limits import time_limit
 from baton.v1 import run_pb2
 from tests.integration.small_federation import Fault, Replica, State
 
@@ -186,7 +187,7 @@ async def test_cancel(baton: Shell) -> None:
 
 async def test_ctrl_c_detaches_and_says_how_to_go_on(baton: Shell) -> None:
     process = await baton.start("run", baton.graph(outcome="HANG"), "--wait")
-    async with asyncio.timeout(60):
+    async with time_limit(60):
         await baton.replica.called("WatchRun")
         process.send_signal(signal.SIGINT)
         _, err = await process.communicate()
@@ -395,7 +396,7 @@ async def test_streams_that_are_closed_or_full_end_in_words(baton: Shell) -> Non
 async def test_ctrl_c_in_a_watch_as_json_is_not_told_to_look_before_repeating(baton: Shell) -> None:
     await baton("run", baton.graph(outcome="HANG"))
     process = await baton.start("watch", "nightly", "--json")
-    async with asyncio.timeout(60):
+    async with time_limit(60):
         await baton.replica.called("WatchRun")
         process.send_signal(signal.SIGINT)
         _, err = await process.communicate()

@@ -16,6 +16,7 @@ import pytest
 from baton import contexts
 from baton.cli import INTERRUPTED, checks, doctor
 from baton.contexts import Context
+from baton.time_limits import time_limit
 from baton.v1 import cluster_pb2
 from control_plane.config import TlsPaths
 from tests.certificates import Authority
@@ -236,7 +237,7 @@ async def test_what_prints_data_prints_it_as_json(cli: Shell) -> None:
 async def test_ctrl_c_ends_a_command_as_shells_expect(cli: Shell) -> None:
     cli.replica.faults["ListRuns"] = [Fault(silent=True)]
     process = await cli.start("get", "runs")
-    async with asyncio.timeout(60):
+    async with time_limit(60):
         await cli.replica.called("ListRuns")
         process.send_signal(signal.SIGINT)
         out, err = await process.communicate()

@@ -12,6 +12,7 @@ import pytest
 
 from baton import client_call, client_streams, contexts, errors
 from baton.client import AsyncClient, Tls
+from baton.time_limits import time_limit
 from baton.v1 import graph_pb2, run_pb2
 from tests.integration.small_federation import Fault, Replica, State
 
@@ -130,7 +131,7 @@ async def test_where_all_refuse_and_none_ever_answered_a_call_ends_long_before_i
     monkeypatch.setattr(client_call, "REFUSED_SECONDS", 0.0)
     for each in world.replicas:
         await each.stop()
-    async with AsyncClient(world.addresses, timeout=3600) as client, asyncio.timeout(60):
+    async with AsyncClient(world.addresses, timeout=3600) as client, time_limit(60):
         with pytest.raises(errors.Unreachable, match="nobody listens at") as caught:
             await client.cancel_run("namespaces/default/runs/x")
         assert caught.value.applied == errors.NOT_APPLIED
@@ -237,7 +238,7 @@ async def test_a_quiet_run_is_watched_on(world: World, client: AsyncClient, monk
     monkeypatch.setattr(client_streams, "SILENCE_SECONDS", 0.1)
     run = await client.create_run(graph(2), deadline=soon(), labels={"outcome": "HANG"})
     watching = asyncio.create_task(collect(client, run.name))
-    async with asyncio.timeout(30):
+    async with time_limit(30):
         await asyncio.gather(*(each.called("WatchRun", 2) for each in world.replicas))
     await world.state.play(run.name, "SUCCEEDED")
     assert (await asyncio.wait_for(watching, 30))[0] == list(range(1, 7))

@@ -11,6 +11,7 @@ from contextlib import closing
 
 import pytest
 
+from baton.time_limits import time_limit
 from cluster_agent.executors.base import Exited, Phase, Refused, Started, Stopped
 from cluster_agent.guard import proctree
 from cluster_agent.guard.protocol import SocketDirectory, encode
@@ -79,7 +80,7 @@ async def test_nonsense_costs_the_connection_and_not_the_guard(bench: Bench) -> 
     finally:
         os.close(place)
     writer.write(b"GET / HTTP/1.1\r\n\r\n")
-    async with asyncio.timeout(10):
+    async with time_limit(10):
         await reader.read()
     writer.close()
     await bench.agent()

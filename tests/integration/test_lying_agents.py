@@ -10,6 +10,7 @@ import grpc.aio
 import pytest
 
 from baton.client import AsyncClient
+from baton.time_limits import time_limit
 from baton.v1 import agent_pb2, agent_pb2_grpc, cluster_pb2
 from baton.v1.cluster_pb2 import NodeShape
 from control_plane.services.agents import MAX_MESSAGE
@@ -31,7 +32,7 @@ async def test_s1_s2_a_lying_agent_is_refused_by_field_and_lists_stay_whole() ->
     async with rig("r1") as federation:
         node = federation.nodes[0]
         stub = agent_pb2_grpc.AgentServiceStub(node.channel)
-        async with asyncio.timeout(20):
+        async with time_limit(20):
             bad = stub.Session()
             await bad.write(agent_pb2.SessionRequest(hello=hello("x" * 1_600_000)))
             refusal = (await answer_of(bad)).refusal
@@ -62,7 +63,7 @@ async def test_lists_of_clusters_are_cut_by_bytes_too() -> None:
     """Ten clusters with 200 KiB of shapes each: pages of at most 1 MiB, all of them once."""
     shapes = [NodeShape(count=1, cpu_millis=n, memory_bytes=1 << 40, total_memory_bytes=1 << 40) for n in range(9_000)]
     beat = agent_pb2.Heartbeat(seq=1, generation=1, shapes=shapes)
-    async with rig("r1") as federation, asyncio.timeout(30):
+    async with rig("r1") as federation, time_limit(30):
         node = federation.nodes[0]
         stub = agent_pb2_grpc.AgentServiceStub(node.channel)
         streams = [stub.Session() for _ in range(10)]

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from baton.audit import Verdict
 from baton.client import AsyncClient
+from baton.time_limits import time_limit
 from baton.v1 import run_pb2
 from baton.webport import WebPort
 from cluster_agent.config import AgentConfig, BadConfig, build
@@ -159,7 +160,7 @@ async def test_metrics_of_a_replica_and_an_agent_at_work(tmp_path: Path, monkeyp
             await until(lambda: bool(eu.agent.reconciler and eu.agent.reconciler.machine.link.ready))
             assert (await get(agent_port, "/healthz"))[0] == 200
             made = await client.create_run(graph("a", "b"), deadline=CLOCK.wall() + 60)
-            async with asyncio.timeout(40):
+            async with time_limit(40):
                 assert (await client.wait_run(made.name)).state == run_pb2.RUN_STATE_SUCCEEDED
             waiting = graph("stuck")
             waiting.tasks[0].clusters.append("nowhere")

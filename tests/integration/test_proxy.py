@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from baton.time_limits import time_limit
 from lab.proxy import HELD, PIECE_BYTES, Mode, Proxy
 
 SOON = 20.0
@@ -71,7 +72,7 @@ async def say(streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], words:
 
 
 async def hear(streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], count: int, seconds: float = SOON) -> bytes:
-    async with asyncio.timeout(seconds):
+    async with time_limit(seconds):
         return await streams[0].readexactly(count)
 
 
@@ -80,7 +81,7 @@ async def test_passes_bytes_both_ways_and_an_orderly_end(proxy: Proxy) -> None:
     await say(near, b"hello")
     assert await hear(near, 5) == b"hello"
     near[1].write_eof()
-    async with asyncio.timeout(SOON):
+    async with time_limit(SOON):
         assert await near[0].read() == b""
     near[1].close()
 
@@ -127,7 +128,7 @@ async def test_a_flood_into_a_cut_network_is_not_kept(proxy: Proxy) -> None:
     proxy.set(Mode.DROP)
     near[1].write(b"x" * (4 * HELD * PIECE_BYTES))
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(QUIET):
+        async with time_limit(QUIET):
             await near[1].drain()
     near[1].transport.abort()
 

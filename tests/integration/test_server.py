@@ -22,6 +22,7 @@ from baton.client import AsyncClient
 from baton.client_call import Tls
 from baton.clock import SystemClock, SystemEntropy
 from baton.errors import Denied, Draining
+from baton.time_limits import time_limit
 from baton.v1 import agent_pb2, agent_pb2_grpc, run_pb2
 from control_plane import archiver
 from control_plane.config import BadConfig, TlsPaths
@@ -104,7 +105,7 @@ async def test_two_processes_make_a_federation_and_one_leaves_in_order(processes
     addresses = [one.address(), two.address()]
     async with AsyncClient(addresses) as client:
         made = await client.create_run(spec("a", "b"), deadline=CLOCK.wall() + 60)
-        async with asyncio.timeout(20):
+        async with time_limit(20):
             while len(await client.list_replicas()) < 2:  # noqa: ASYNC110 - another process decides
                 await asyncio.sleep(0.1)
         one.popen.send_signal(signal.SIGTERM)
@@ -258,7 +259,7 @@ async def say_hello(secured: Secured, paths: TlsPaths, hello: agent_pb2.Hello) -
     credentials = grpc.ssl_channel_credentials(ca, key, cert)
     async with grpc.aio.secure_channel(secured.address, credentials) as channel:
         stream = agent_pb2_grpc.AgentServiceStub(channel).Session()
-        async with asyncio.timeout(20):
+        async with time_limit(20):
             await stream.write(agent_pb2.SessionRequest(hello=hello))
             answer = await stream.read()
             if not isinstance(answer, agent_pb2.SessionResponse):
@@ -342,7 +343,7 @@ async def test_an_agent_over_plain_loopback_is_welcomed_and_seen() -> None:
         node = federation.nodes[0]
         stream = agent_pb2_grpc.AgentServiceStub(node.channel).Session()
         hello = agent_pb2.Hello(cluster="eu", instance="i", boot_id="b", journal_uid="j", profile="fast")
-        async with asyncio.timeout(20):
+        async with time_limit(20):
             await stream.write(agent_pb2.SessionRequest(hello=hello))
             welcome = (await answer_of(stream)).welcome
             assert (welcome.generation, welcome.replica) == (1, "r1")
@@ -373,7 +374,7 @@ async def test_a_run_is_carried_out_by_an_agent_and_its_output_is_read_live_and_
             async with AsyncClient([node.server.address for node in federation.nodes]) as client:
                 made = await client.create_run(graph, deadline=CLOCK.wall() + 60)
                 task = f"{made.name}/tasks/b"
-                async with asyncio.timeout(40):
+                async with time_limit(40):
                     live = b"".join([piece.data async for piece in client.follow_logs(task, follow=True)])
                     done = await client.wait_run(made.name)
                 assert live == b"one\ntwo\n"

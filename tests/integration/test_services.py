@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from baton import errors, requestid
 from baton.client_call import error_of
+from baton.time_limits import time_limit
 from baton.v1 import admin_pb2, cluster_pb2, graph_pb2, run_pb2
 from control_plane import archiver, store_room
 from control_plane.core.commands import Outbox
@@ -443,7 +444,7 @@ async def test_history_that_is_down_keeps_runs_live(
     made = (await node.runs.CreateRun(creation("a"))).run
     await node.runs.CancelRun(run_pb2.CancelRunRequest(request_id=request_id(), name=made.name))
     asked = run_pb2.GetRunRequest(name=made.name)
-    async with asyncio.timeout(30):
+    async with time_limit(30):
         while (await node.runs.GetRun(asked)).run.state != run_pb2.RUN_STATE_CANCELLED:  # noqa: ASYNC110 - it must be asked
             await asyncio.sleep(0.02)
     await asyncio.sleep(1.0)  # ten times the archiver's delay, in vain

@@ -20,6 +20,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 
 from baton import errors, names, traces
 from baton.client import AsyncClient
+from baton.time_limits import time_limit
 from baton.v1 import graph_pb2, run_pb2, trace_pb2, trace_pb2_grpc
 from baton.webport import WebPort
 from control_plane import archiver
@@ -73,7 +74,7 @@ async def attempts(client: AsyncClient, task: str) -> list[run_pb2.Attempt]:
 
 
 async def running_on(client: AsyncClient, task: str, cluster: str) -> None:
-    async with asyncio.timeout(60):
+    async with time_limit(60):
         while True:
             found = await attempts(client, task)
             if found and found[-1].cluster == cluster and found[-1].state == run_pb2.ATTEMPT_STATE_RUNNING:
@@ -162,7 +163,7 @@ async def test_one_trace_over_a_failover_and_a_takeover(monkeypatch: pytest.Monk
         await running_on(client, f"{made.name}/tasks/move", "us")
         await owner.replica.kill()
         await owner.server.stop(0)
-        async with asyncio.timeout(60):
+        async with time_limit(60):
             done = await client.wait_run(made.name)
         assert done.state == run_pb2.RUN_STATE_SUCCEEDED
 
@@ -224,7 +225,7 @@ async def test_a_trace_comes_in_parts_and_with_otlp_if_wanted(monkeypatch: pytes
         endpoints = [node.server.address for node in federation.nodes]
         async with AsyncClient(endpoints) as client, fake_cluster("eu", endpoints):
             made = await client.create_run(graph("a", "b", "c"), deadline=CLOCK.wall() + 60)
-            async with asyncio.timeout(40):
+            async with time_limit(40):
                 await client.wait_run(made.name)
             whole = await client.get_trace(made.name)
             check_whole(whole)
@@ -263,7 +264,7 @@ async def test_a_collector_that_is_down_costs_nothing(monkeypatch: pytest.Monkey
         await stack.enter_async_context(fake_cluster("eu", endpoints))
         for place in range(3):
             made = await client.create_run(graph("a"), deadline=CLOCK.wall() + 60)
-            async with asyncio.timeout(40):
+            async with time_limit(40):
                 assert (await client.wait_run(made.name)).state == run_pb2.RUN_STATE_SUCCEEDED
             assert len(await client.get_trace(made.name)) > 1
             await until(lambda kept=place + 1: len(federation.history._kept) == kept)  # type: ignore[misc]

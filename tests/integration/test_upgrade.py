@@ -12,6 +12,7 @@ import pytest
 
 from baton.cli import checks
 from baton.errors import WrongState
+from baton.time_limits import time_limit
 from baton.v1 import graph_pb2
 from control_plane import upgrading
 from control_plane.artifacts.directory import DirectoryStore
@@ -103,6 +104,6 @@ async def test_j11_an_older_agent_gets_no_stored_code_and_the_task_says_so(
 
 
 async def holds(look: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(60):
+    async with time_limit(60):
         while not await look():  # noqa: ASYNC110 - nobody would set an event for a test
             await asyncio.sleep(0.05)

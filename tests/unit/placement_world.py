@@ -47,22 +47,23 @@ class Wire:
     def __init__(self) -> None:
         self.demands: list[pb.Demand] = []
         self.grants: list[pb.Grants] = []
-        self.lose: Callable[[pb.PeerMessage], bool] = lambda message: False
+        self.messages = 0
+        self.lose: Callable[[pb.Demand | pb.Grants], bool] = lambda said: False
         self.delays: list[tuple[float, ...]] = []
         """Of the next grants: when each copy arrives."""
 
     def to_owner(self, shard: str, message: pb.PeerMessage) -> bool:
-        kind = message.WhichOneof("message")
-        if kind == "demand":
-            self.demands.append(message.demand)
-        else:
+        self.messages += 1
+        loop = asyncio.get_running_loop()
+        for demand in message.demands.shards:
+            self.demands.append(demand)
+            if not self.lose(demand):
+                loop.call_later(HOP, self.take_demand, demand)
+        if message.HasField("grants"):
             self.grants.append(message.grants)
-        if self.lose(message):
-            return False
-        handler: Any = self.take_demand if kind == "demand" else self.take_grants
-        delays = self.delays.pop(0) if kind == "grants" and message.grants.grants and self.delays else (HOP,)
-        for delay in delays:
-            asyncio.get_running_loop().call_later(delay, handler, getattr(message, str(kind)))
+            delays = self.delays.pop(0) if message.grants.grants and self.delays else (HOP,)
+            for delay in delays if not self.lose(message.grants) else ():
+                loop.call_later(delay, self.take_grants, message.grants)
         return True
 
     def on_demand(self, handler: Callable[[pb.Demand], None]) -> None:

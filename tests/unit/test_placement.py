@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import pytest
+
 from baton.internal import peer_pb2 as pb
+from control_plane import placement_owner
 from control_plane.core.commands import CancelRun, DropGrants, Request, TakeGrants
 from control_plane.core.model import FLEET, Admission, Generation, Group, Health, Resources, TaskSpec
 from control_plane.demand_wire import decode_group, encode_group
@@ -190,17 +193,16 @@ def test_lost_messages_cost_half_a_second() -> None:
     async def play(world: World) -> None:
         await world.cluster("eu", 8)
         await world.take("00")
-        dropped = Counter[str]()
+        dropped = Counter[type]()
 
-        def first_of_each(message: pb.PeerMessage) -> bool:
-            kind = str(message.WhichOneof("message"))
-            dropped[kind] += 1
-            return dropped[kind] == 1
+        def first_of_each(said: pb.Demand | pb.Grants) -> bool:
+            dropped[type(said)] += 1
+            return dropped[type(said)] == 1
 
         world.wire.lose = first_of_each
         await world.submit_run(5)
         await world.clock.sleep(2 * LEVEL + 0.1)
-        assert dropped["grants"] > 1
+        assert dropped[pb.Grants] > 1
         # The lost permissions are void for their owner, and are not waited for by the leader.
         assert world.live() == {"eu": 5}
 
@@ -305,6 +307,34 @@ def test_o7_a_new_leader_hears_an_idle_shard_at_once() -> None:
         assert len(world.wire.demands) == said + 1
 
     story(play)
+
+
+def test_idle_shards_speak_together() -> None:
+    async def play(world: World) -> None:
+        for shard in ("00", "01", "02"):
+            await world.take(shard)
+            await world.clock.sleep(0.15)
+        await world.clock.sleep(30.0)
+        begun, said = world.wire.messages, len(world.wire.demands)
+        await world.clock.sleep(30.0)
+        assert len(world.wire.demands) - said >= 3 * 5
+        assert world.wire.messages - begun == (len(world.wire.demands) - said) / 3
+
+    story(play)
+
+
+def test_words_that_are_too_long_together_go_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(world: World) -> None:
+        await world.take("00", "01", "02")
+        for shard in ("00", "01", "02"):
+            await world.submit_run(2, shard=shard, name=shard)
+        await world.clock.sleep(5.0)
+        assert len(world.wire.demands) >= 3 * 8
+        asked = [demand for demand in world.wire.demands if demand.groups]
+        assert world.wire.messages >= len(asked), "two of them are never in one message"
+
+    monkeypatch.setattr(placement_owner, "MOST_GROUPS", 1)
+    story(play, lead=False)
 
 
 def test_waiting_work_is_not_chatty() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from baton.internal import peer_pb2 as pb
 from control_plane.core.commands import PutNamespace, Request
 from control_plane.core.model import RUN_SHARDS, shard_of
 from control_plane.placement_leader import DEMAND_TTL, GRANT_TTL, HEARING
@@ -66,14 +67,14 @@ def test_o7_a_new_leader_gives_nothing_of_a_quota_before_it_has_heard_every_shar
     async def play(world: World) -> None:
         await world.cluster("eu", 40)
         await world.take(KEEPER, FIRST, SECOND)
-        world.wire.lose = lambda message: message.demand.shard == FIRST
+        world.wire.lose = lambda said: isinstance(said, pb.Demand) and said.shard == FIRST
         world.lead()
         await quota(world, 6)
         await world.submit_run(20, shard=SECOND, name=SECOND)
         await world.clock.sleep(GRANT_TTL + 3.0)
         assert world.live(SECOND) == {}
         assert reason(world, SECOND) == "waits until 1 more shards have said what they hold of its quota"
-        world.wire.lose = lambda message: False
+        world.wire.lose = lambda said: False
         await world.clock.sleep(QUIET_MOST + 0.2)
         assert world.live(SECOND) == {"eu": 6}
 
@@ -84,7 +85,7 @@ def test_o7_a_namespace_whose_keeper_has_not_spoken_waits_but_not_for_ever() -> 
     async def play(world: World) -> None:
         await world.cluster("eu", 40)
         await world.take(KEEPER, SECOND)
-        world.wire.lose = lambda message: message.demand.shard == KEEPER
+        world.wire.lose = lambda said: isinstance(said, pb.Demand) and said.shard == KEEPER
         world.lead()
         await world.submit_run(20, shard=SECOND, name=SECOND)
         await world.clock.sleep(GRANT_TTL + 1.0)

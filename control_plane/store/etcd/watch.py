@@ -20,6 +20,7 @@ import grpc.aio
 
 from baton.clock import Clock
 from baton.internal import etcdwire_pb2 as wire
+from baton.time_limits import time_limit
 from control_plane.store.base import Compacted, WatchBatch, WatchEvent
 from control_plane.store.etcd import codec
 from control_plane.store.etcd.channel import WATCH, Lane, WireError
@@ -137,7 +138,7 @@ class EtcdWatch:
     async def _write(self, call: Any, request: wire.EtcdWatchRequest) -> None:
         with self._lane.translated():
             try:
-                async with asyncio.timeout(self._stall):
+                async with time_limit(self._stall):
                     await call.write(request)
             except TimeoutError as error:
                 late = "the request could not be written in time"
