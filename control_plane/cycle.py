@@ -142,9 +142,12 @@ class Cycle:
         for slot in list(self.slots.values()):
             if slot.phase is not Phase.OPEN or slot.releasing:
                 continue
-            if not slot.inbox and (due := due_at(slot)) > now:
-                earliest = min(earliest, due)
-                continue
+            if not slot.inbox:
+                handle = slot.handle
+                known = handle is not None and slot.due_of is handle.machine
+                if (due := slot.due if known else due_at(slot)) > now:
+                    earliest = due if due < earliest else earliest  # noqa: FURB136 - a call for each shard that rests
+                    continue
             busy = True
             self._decide(slot)
             if self._clock.boot() - since >= self._config.slice_seconds:

@@ -82,6 +82,8 @@ class Link:
     stops_sent: dict[AttemptId, float] = field(default_factory=dict)
     orphans: dict[AttemptId, None] = field(default_factory=dict)
     """Attempts to be stopped whose runs are not known: nothing in the machine remembers them (F8)."""
+    moved: bool = False
+    """The agent is at another replica by now, as far as is known here."""
 
 
 def _nobody(_uids: Iterable[str], _cluster: str) -> None:
@@ -94,6 +96,8 @@ class Dispatcher:
     def __init__(self, controller: Controller, router: Router, calls: Calls, view: View, clock: Clock) -> None:
         self._controller, self._router, self._view, self._clock = controller, router, view, clock
         self._links: dict[tuple[str, str], Link] = {}
+        self._homes: dict[str, str] = {}
+        """Where each agent was when `moved` was last reckoned; empty if it has to be reckoned anew."""
         self._reports: dict[tuple[str, str], asyncio.Queue[peer.FromCluster]] = {}
         self._workers: dict[tuple[str, str], asyncio.Task[None]] = {}
         self.on_orphans: Callable[[Iterable[str], str], None] = _nobody
@@ -254,6 +258,7 @@ class Dispatcher:
         if known is not None and known.stream >= message.stream:
             return known if known.stream == message.stream else None  # told twice: its numbers go on
         link = self._links[key] = Link(message.cluster_uid, replica, message.stream, message.generation)
+        self._homes = {}
         return link
 
     # -- to agents -----------------------------------------------------------------------------------------------------
@@ -309,11 +314,11 @@ class Dispatcher:
             if self._view.restore_suspected or not self._controller.acting:
                 continue
             shown = self._controller.owned()
-            homes = {uid: info.replica for uid, info in self._view.sessions.items() if not info.ended}
+            self._look_for_moved()
             unanswered = [
                 (shard, cluster, link)
                 for (shard, cluster), link in self._links.items()
-                if link.unreceived or link.stops_sent or homes.get(cluster, link.replica) != link.replica
+                if link.unreceived or link.stops_sent or link.moved
             ]
             for shard, cluster, link in unanswered:
                 owned = shown.get(shard)
@@ -323,6 +328,14 @@ class Dispatcher:
                 if session is not None and session.ended and session.generation >= link.generation:
                     continue  # nobody listens; a new session brings an inventory
                 self._again(owned, link)
+
+    def _look_for_moved(self) -> None:
+        """Mark links to where their agent is not any more; only if agents or links have changed since the last look."""
+        homes = {uid: info.replica for uid, info in self._view.sessions.items() if not info.ended}
+        if homes != self._homes:
+            self._homes = homes
+            for link in self._links.values():
+                link.moved = homes.get(link.cluster, link.replica) != link.replica
 
     def _again(self, owned: OwnedShard, link: Link) -> None:
         now = self._clock.boot()

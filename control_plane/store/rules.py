@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from control_plane.store.base import MAX_REQUEST_BYTES, MAX_TXN_OPS, Compare, Delete, Get, NotApplied, Put, Txn
+from control_plane.store.base import MAX_REQUEST_BYTES, MAX_TXN_OPS, Delete, Get, NotApplied, Put, Txn
 
 _OP_OVERHEAD = 64
 """Bytes of framing we count for each compare and operation: tags, lengths, lease, revision. Real ones are under 40; too
@@ -21,7 +21,7 @@ def check_txn(txn: Txn) -> None:
     for name, size in (("compares", len(txn.compares)), ("success", len(txn.success)), ("failure", len(txn.failure))):
         if size > MAX_TXN_OPS:
             raise NotApplied(f"{name} holds {size} entries, more than {MAX_TXN_OPS}")
-    if not all(isinstance(op, Get) for op in txn.failure):
+    if not _reads(txn.failure):
         raise NotApplied("the failure branch may only read")
     items = (*txn.compares, *txn.success, *txn.failure)
     written = [item.key for item in items]
@@ -29,7 +29,7 @@ def check_txn(txn: Txn) -> None:
         raise NotApplied("a key is empty")
     if not "".join(written).isascii():
         raise NotApplied(f"key {next(key for key in written if not key.isascii())!r} is not ASCII")
-    if not all(isinstance(op, Get) for op in txn.success):
+    if not _reads(txn.success):
         _refuse_double_writes(txn.success)
     size = txn_bytes(txn)
     if size > MAX_REQUEST_BYTES:
@@ -39,8 +39,14 @@ def check_txn(txn: Txn) -> None:
 def txn_bytes(txn: Txn) -> int:
     """An upper bound of the request's size on the wire, without a key prefix of more than a few bytes."""
     parts = (*txn.compares, *txn.success, *txn.failure)
-    values = sum([len(part.value) for part in parts if isinstance(part, Compare | Put)])
+    values = sum([len(compare.value) for compare in txn.compares])
+    values += sum([len(op.value) for op in txn.success if isinstance(op, Put)])
     return sum([len(part.key) for part in parts]) + values + _OP_OVERHEAD * len(parts)
+
+
+def _reads(ops: Sequence[Put | Delete | Get]) -> bool:
+    """Whether it changes nothing."""
+    return {type(op) for op in ops} <= {Get}
 
 
 def granted_ttl(ttl: float) -> int:

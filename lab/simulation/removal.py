@@ -43,7 +43,7 @@ class Removal:
     swaps: tuple[Swap, ...]
     shape: Shape
     setting: tuple[Swap, ...] = field(default=())
-    """Swaps of constants that belong to the targeted world: there with the mechanism as well as without it."""
+    """Swaps that make the targeted world (constants, slower ways): there with the mechanism as well as without it."""
     seed: int = 0
     """A seed at which it is caught, and at which nothing is broken with the mechanism in place."""
 

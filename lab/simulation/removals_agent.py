@@ -18,6 +18,8 @@ from cluster_agent.core.lease import Leases, Reason
 from cluster_agent.core.link import Link
 from cluster_agent.core.model import AttemptKey, Ended, Outcome, Phase
 from cluster_agent.executors.fake_host import FakeHost
+from control_plane.session import Session
+from control_plane.sessions import Sessions
 from lab.simulation.nodes import Life
 from lab.simulation.processes import ClusterProcess
 from lab.simulation.removal import Removal, Swap
@@ -34,6 +36,22 @@ def _void_nothing(self: Holdings) -> None:
     """`Holdings.void`, trusting what an earlier stream or session brought."""
 
 
+_start = Holdings.start_what_fits
+_tell = Sessions._inventory  # noqa: SLF001 - a part to be slowed down
+
+
+def _start_at_times(self: Holdings, link: Link, now: float) -> None:
+    """`Holdings.start_what_fits` of a machine that is too busy to begin work in two thirds of its time: its queue is seldom empty."""
+    if now % 18.0 < 6.0:
+        _start(self, link, now)
+
+
+async def _tell_late(self: Sessions, session: Session, shard: str) -> None:
+    """`Sessions._inventory` over a slow way: an owner hears of a new stream, and stops what is left of old ones, seconds later."""
+    await self._clock.sleep(8.0)
+    await _tell(self, session, shard)
+
+
 START_RULE = Removal(
     "start-rule",
     "F3",
@@ -41,14 +59,19 @@ START_RULE = Removal(
     (Swap(Holdings, "void", _void_nothing),),
     replace(
         SMALL,
-        runs=8,
-        cpus=1,
+        cpus=6,
+        harm=60.0,
         faults=("partition of a cluster", "agent frozen"),
         outages=(24.0, 28.0),
-        pace=8.0,
-        load=Load(kept=0.0, lifetime=(60.0, 90.0), marathons=5, crowds=0),
+        pace=5.0,
+        load=Load(kept=0.0, lifetime=(80.0, 90.0), marathons=8, crowds=0),
     ),
-    seed=13,
+    (
+        Swap(Holdings, "start_what_fits", _start_at_times),
+        Swap(Sessions, "_inventory", _tell_late),
+        Swap(capacity, "PATIENCE_SECONDS", 1000.0),
+    ),
+    seed=6,
 )
 
 # -- F3, F4: tombstones --------------------------------------------------------------------------------------------------
@@ -77,7 +100,7 @@ REJECTION = Removal(
     (Swap(Holdings, "take", _take_again), Swap(Link, "expects", _expects_anything)),
     replace(SMALL, cpus=2, faults=("message repeated",), pace=4.0, load=Load(longest=8.0, marathons=0)),
     (Swap(capacity, "QUEUE_FLOOR", 2), Swap(capacity, "QUEUE_SHARE", 0.0)),
-    seed=242,
+    seed=260,
 )
 
 
@@ -148,7 +171,7 @@ SELF_FENCE = Removal(
     "work goes on though its lease has passed",
     (Swap(Leases, "_cuts", _cuts_unfenced),),
     replace(SMALL, faults=("partition of a cluster",), outages=(24.0, 32.0, 40.0), pace=6.0),
-    seed=17,
+    seed=21,
 )
 
 _make = ClusterProcess.__init__

@@ -112,7 +112,7 @@ CONDITION = Removal(
         pace=25.0,
         load=Load(stubborn=1.0, kept=0.0, lifetime=(60.0, 90.0), marathons=2, crowds=0),
     ),
-    seed=185,
+    seed=186,
 )
 
 # -- S5: generations -----------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def wishes(rng: random.Random, runs: int, span: float, load: Load | None = None)
 def _crowd(rng: random.Random) -> graph_pb2.GraphSpec:
     """Many tasks that are ready at once and end at once."""
     spec = graph_pb2.GraphSpec()
-    for index in range(rng.choice((24, 28, 32))):
+    for index in range(rng.choice((28, 32, 36))):
         task = spec.tasks.add(id=f"t{index}")
         task.process.argv.extend(["sim", rng.choice(("0.3", "0.3", "1.0")), "0", "0", f"t{index}"])
         task.retry.max_attempts = 3

@@ -55,11 +55,11 @@ class Shape:
     clusters: int = 0
     """0: three to five, by seed."""
     cpus: int = 6
-    runs: int = 6
+    runs: int = 5
     """Beside the marathons and crowds of `load`."""
     harm: float = 30.0
     """Seconds of faults."""
-    sieges: float = 0.8
+    sieges: float = 0.95
     """Share of seeds in which the busiest cluster is taken out of sight, early and for longer than L + G (20 s)."""
     faults: tuple[str, ...] = KINDS
     shuffle: bool = True
