@@ -27,7 +27,7 @@ from control_plane.controller import CLAIM_TIMEOUT, Controller
 from control_plane.core.model import ALL_SHARDS
 from control_plane.core.ring import owners
 from control_plane.journal import Head
-from control_plane.registration import feature_level, join_federation, register
+from control_plane.registration import feature_level, join_federation, register, withdraw
 from control_plane.store import keys
 from control_plane.store.base import KeyValue, Lease, Store, StoreError
 from control_plane.store.keeper import LeaseKeeper
@@ -83,8 +83,10 @@ class Survey:
     heads: dict[str, Head]
     incarnation: int
     level: int
-    lease: int
-    """Of our own registration; 0 if it is not there."""
+    registration: KeyValue | None
+    """Our own; None if it is not there."""
+    shared: bool
+    """An earlier registration is under the same lease: after a restore its id came again, and it is that replica's (J12)."""
 
 
 @dataclass(slots=True)
@@ -240,8 +242,13 @@ class Ownership:
         """One survey and what follows from it. Seconds until the next."""
         try:
             survey = await self._survey()
-            if survey.lease != tenure.lease.id:
-                log.warning("the registration is gone: registering anew", extra={"replica": self._member.replica})
+            if survey.registration is None or survey.registration.lease != tenure.lease.id or survey.shared:
+                log.warning(
+                    "the registration is gone, or its lease is another's: registering anew",
+                    extra={"replica": self._member.replica},
+                )
+                if survey.registration is not None and survey.shared:
+                    await withdraw(self._store, self._clock, survey.registration)  # the other one keeps it alive
                 tenure.gone = True
                 return self._config.gap
             if not tenure.good(self._clock.boot()):
@@ -257,14 +264,17 @@ class Ownership:
         held = tuple(self._controller.owned())
         found, _ = await read_keys(self._store, (*SURVEYED, *map(keys.head, held)), timeout=READ_TIMEOUT)
         owner_kvs, head_kvs = found[2 : len(SURVEYED)], found[len(SURVEYED) :]
-        leases = {name: kv.lease for kv in members.kvs if (name := keys.parse_member(kv.key)) is not None}
+        registered = {name: kv for kv in members.kvs if (name := keys.parse_member(kv.key)) is not None}
+        ours = registered.get(self._member.replica)
         return Survey(
-            members=tuple(leases),
+            members=tuple(registered),
             owners=dict(zip(ALL_SHARDS, owner_kvs, strict=True)),
             heads={shard: Head.parse(kv) for shard, kv in zip(held, head_kvs, strict=True)},
             incarnation=read_incarnation(found[0]),
             level=feature_level(found[1]),
-            lease=leases.get(self._member.replica, 0),
+            registration=ours,
+            shared=ours is not None
+            and any(kv.lease == ours.lease and kv.mod_revision < ours.mod_revision for kv in registered.values()),
         )
 
     async def _resume(self, tenure: Tenure, survey: Survey) -> float:

@@ -16,7 +16,7 @@ from control_plane.codec import FEATURE_LEVEL
 from control_plane.core.model import RUN_SHARDS
 from control_plane.refusals import Corrupt, IncompatibleFederation
 from control_plane.store import keys
-from control_plane.store.base import Compare, Get, KeyValue, Lease, Put, Store, Txn
+from control_plane.store.base import Compare, Delete, Get, KeyValue, Lease, Put, Store, Txn
 from control_plane.store_reads import RETRY_PAUSE, read_keys, settle_txn
 from control_plane.view import MemberInfo
 
@@ -80,6 +80,12 @@ async def register(store: Store, clock: Clock, member: MemberInfo, lease: Lease,
         if clock.boot() >= give_up:
             return None
         await clock.sleep(RETRY_PAUSE)
+
+
+async def withdraw(store: Store, clock: Clock, registration: KeyValue) -> None:
+    """Delete a registration if it is still as it was read. Raises Unavailable."""
+    undo = Txn((Compare.unchanged(registration.key, registration.mod_revision),), (Delete(registration.key),))
+    await settle_txn(store, clock, undo, timeout=TIMEOUT)
 
 
 async def raise_feature_level(store: Store, clock: Clock, level: int) -> int:

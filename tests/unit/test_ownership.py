@@ -398,3 +398,20 @@ async def test_j12_a_registration_that_a_restore_took_away_is_made_anew_though_i
     server.restore(backup)
     server.grant(5.0)  # somebody else's, with the id that was a's
     await until(lambda: keys.member("a") in server.keyspace.live, 10)
+
+
+@story
+async def test_j12_two_replicas_under_one_lease_id_part(server: MemoryEtcd) -> None:
+    """A lease that was granted before a restore, used after it, when its id had been given to another replica: both keep it alive,
+    and each takes the other's owner keys for its own leftovers."""
+    a = await Member(server, "a").join()
+    await until(lambda: a.mine() == EVERYTHING)
+    server._next_lease = server.keyspace.live[keys.member("a")].lease
+    b = Member(server, "b")
+    await b.join()
+    await until(lambda: a.mine() == share("a", "a", "b") and b.mine() == share("b", "a", "b"), 30)
+    leases = {name: server.keyspace.live[keys.member(name)].lease for name in "ab"}
+    assert leases["a"] != leases["b"]
+    await asyncio.sleep(10)
+    assert a.mine() == share("a", "a", "b")
+    assert b.mine() == share("b", "a", "b")
