@@ -8,6 +8,9 @@ Why not asyncio's: before Python 3.11.3, which Debian 12 does not have, `asyncio
 wish, whatever it was at the beginning; and a `TaskGroup` that failed leaves a count behind (until 3.13). So in a task that has
 outlived a failed group every time-out is a cancellation that nobody asked for: an agent whose stream broke once never came back.
 `asyncio.wait_for` of 3.11 loses a cancellation that meets the result.
+
+Two things it cannot do: a group that fails *inside* the block leaves its count there, so the error is not to be caught inside; and
+`expire` is for timers and other tasks, not for the block itself.
 """
 
 from __future__ import annotations

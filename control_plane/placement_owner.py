@@ -191,7 +191,8 @@ class DemandSide:
         quiet = any(line.nothing for line in due)
         message, size = pb.Demands(), 0
         for line in self._lines.values() if quiet else due:
-            if line.binding is None and line.due <= now + (COMPANY * line.quiet if line.nothing else 0.0):
+            early = COMPANY * (line.due - line.sent) if line.nothing else 0.0
+            if line.binding is None and line.due - early <= now:
                 demand = self._word(line, now)
                 more = len(demand.groups) + len(demand.pending)
                 if size and size + more > MOST_GROUPS:
@@ -216,6 +217,7 @@ class DemandSide:
 
     def _word(self, line: _Line, now: float) -> pb.Demand:
         """What the shard wants and holds now; it is being said."""
+        rested = line.due <= now
         if line.holdings.permitted():
             # By saying anew what is wanted they are returned (C2): the next ready task must not find them.
             self._controller.post(line.shard.id, DropGrants(line.term))
@@ -223,8 +225,13 @@ class DemandSide:
         lines = [entry for entry in line.holdings.demand(self._clock.wall()) if entry.count > 0]
         uses = line.holdings.uses()
         line.nothing = not lines and not uses
+        if uses:
+            self._loaded[line.shard.id] = line  # though nothing was committed: its machine may have been rebuilt
         line.due = now + (LEVEL if lines else line.quiet if line.nothing else HELD_LEVEL)
-        line.quiet = min(2 * line.quiet, QUIET_MOST) if line.nothing else QUIET_LEVEL
+        if not line.nothing:
+            line.quiet = QUIET_LEVEL
+        elif rested:
+            line.quiet = min(2 * line.quiet, QUIET_MOST)
         line.seq += 1
         line.sent, line.waiting, line.spent, line.asked = now, bool(lines), False, bool(lines)
         line.put_off = float("inf")

@@ -542,8 +542,8 @@ class PeerMessage(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     TO_CLUSTER_FIELD_NUMBER: _builtins.int
     FROM_CLUSTER_FIELD_NUMBER: _builtins.int
-    DEMANDS_FIELD_NUMBER: _builtins.int
     GRANTS_FIELD_NUMBER: _builtins.int
+    DEMANDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def call(self) -> Global___PeerCall:
         """A forwarded call."""
@@ -565,12 +565,12 @@ class PeerMessage(_message.Message):
         """From an agent."""
 
     @_builtins.property
-    def demands(self) -> Global___Demands:
-        """What shards want."""
-
-    @_builtins.property
     def grants(self) -> Global___Grants:
         """What it may use."""
+
+    @_builtins.property
+    def demands(self) -> Global___Demands:
+        """What shards want."""
 
     def __init__(
         self,
@@ -580,14 +580,14 @@ class PeerMessage(_message.Message):
         cancel: Global___PeerCancel | None = ...,
         to_cluster: Global___ToCluster | None = ...,
         from_cluster: Global___FromCluster | None = ...,
-        demands: Global___Demands | None = ...,
         grants: Global___Grants | None = ...,
+        demands: Global___Demands | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "cancel", b"cancel", "demands", b"demands", "from_cluster", b"from_cluster", "grants", b"grants", "message", b"message", "reply", b"reply", "to_cluster", b"to_cluster"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "cancel", b"cancel", "demands", b"demands", "from_cluster", b"from_cluster", "grants", b"grants", "message", b"message", "reply", b"reply", "to_cluster", b"to_cluster"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["call", "reply", "cancel", "to_cluster", "from_cluster", "demands", "grants"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["call", "reply", "cancel", "to_cluster", "from_cluster", "grants", "demands"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 

@@ -201,6 +201,7 @@ class SimLoop(VirtualLoop):
 
     def bury(self) -> None:
         """The run is over: cancel what is left, the tasks of dead nodes too."""
+        self.living()  # what failed and nobody asked is told before nobody listens any more
         self.buried = True
         for node in self.nodes:
             node.bury()

@@ -54,7 +54,7 @@ ACKNOWLEDGEMENT = Removal(
     "a heartbeat is acknowledged when it arrives, not when it is committed",
     (Swap(Heartbeats, "_commit", _acknowledge_first),),
     replace(LONG, faults=("store cut off",), pace=12.0),
-    seed=20,
+    seed=22,
 )
 
 # -- S4: losses ----------------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ CONDITION = Removal(
         pace=25.0,
         load=Load(stubborn=1.0, kept=0.0, lifetime=(60.0, 90.0), marathons=2, crowds=0),
     ),
-    seed=186,
+    seed=250,
 )
 
 # -- S5: generations -----------------------------------------------------------------------------------------------------

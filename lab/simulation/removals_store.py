@@ -145,7 +145,7 @@ READS = Removal(
     "an owner answers reads without looking whether its lease is still good",
     (Swap(Ownership, "lease_good", _lease_believed),),
     replace(SMALL, runs=20, faults=("replica frozen", "store cut off", "lease expired"), pace=3.0),
-    seed=8,
+    seed=9,
 )
 
 # -- J9: snapshots -------------------------------------------------------------------------------------------------------

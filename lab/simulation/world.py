@@ -172,6 +172,7 @@ class World:
             task.cancel()
         await asyncio.sleep(max(healed + QUIET - loop.time(), REST))
         left += self._unclean()
+        self.loop.living()  # tasks that failed lately, and that nobody asked, tell it when they are let go of
         living = [f"{cluster.name}: {key.text()}" for cluster in self._hosts for key in cluster.host.living()]
         return self._record(healed, living, left)
 
